@@ -1,0 +1,27 @@
+"""The mistakes of people and the failures of machines, each with the exit code that a script can tell it by."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+DONE, FAILED, MISTAKE, DAMAGED, STOPPED = 0, 1, 2, 74, 75
+
+
+class UserError(ValueError):
+    """A person's mistake: one line that says what is wrong, where, the nearest choices and what to do. Exit code 2."""
+
+    exit_code = MISTAKE
+
+
+class DamagedError(RuntimeError):
+    """Checkpoints exist and none of them is good: never a silent start from zero. Exit code 74."""
+
+    exit_code = DAMAGED
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'a'?` when a choice is close to `word`, else the list of choices."""
+    choices = sorted(choices)
+    close = get_close_matches(word, choices, n=3, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+    return f"; choices: {', '.join(choices)}" if choices else ""
