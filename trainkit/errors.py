@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-DONE, FAILED, MISTAKE, DAMAGED, STOPPED = 0, 1, 2, 74, 75
+DONE, FAILED, MISTAKE, DIVERGED, DAMAGED, STOPPED = 0, 1, 2, 70, 74, 75
 
 
 class UserError(ValueError):
@@ -16,6 +16,12 @@ class DamagedError(RuntimeError):
     """Checkpoints exist and none of them is good: never a silent start from zero. Exit code 74."""
 
     exit_code = DAMAGED
+
+
+class DivergedError(RuntimeError):
+    """The loss or a gradient was not finite: going on by itself would only meet it again. Exit code 70."""
+
+    exit_code = DIVERGED
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

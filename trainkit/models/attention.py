@@ -1,0 +1,113 @@
+"""Softmax attention. B rows, T positions, D model width, H query heads, G key/value heads, K head width.
+
+Multi-head (Vaswani et al. 2017, arXiv:1706.03762), grouped-query (Ainslie et al. 2023, arXiv:2305.13245), sliding window
+(Beltagy et al. 2020, arXiv:2004.05150), query/key normalisation (Henry et al. 2020, arXiv:2010.04245).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainkit.config import Count, config
+from trainkit.models.positions import rotate
+
+
+@config
+class Attention:
+    """`kv_heads` under `heads` shares keys and values between groups of queries; `window` is how many positions back a
+    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet."""
+
+    heads: Count
+    kv_heads: Count | None = None
+    head_width: Count | None = None
+    window: Count | None = None
+    qk_norm: bool = False
+
+    def shape(self, width: int) -> tuple[int, int, int]:
+        """(H, G, K) in a model of this width.
+
+        Raises:
+            ValueError: the width or the heads do not divide.
+        """
+        groups = self.kv_heads or self.heads
+        if self.heads % groups:
+            raise ValueError(f"attention.heads={self.heads} is not a multiple of attention.kv_heads={groups}")
+        if self.head_width is None and width % self.heads:
+            raise ValueError(f"model.width={width} is not a multiple of attention.heads={self.heads}")
+        return self.heads, groups, self.head_width or width // self.heads
+
+    def parameters(self, width: int, bias: bool) -> int:
+        """How many numbers one layer of it learns."""
+        heads, groups, k = self.shape(width)
+        into, out = (heads + 2 * groups) * k, heads * k
+        return width * into + out * width + bias * (into + width) + 2 * k * self.qk_norm
+
+
+@dataclass
+class Cache:
+    """Keys and values (B, G, T, K) of the positions that one layer has seen: what a new position needs of the old."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new positions and give back all of them."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class AttentionMixer(nn.Module):
+    """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` (B or 1, 1, T, S) bool, true where a query may look; None is causal."""
+
+    def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
+        super().__init__()
+        self.heads, self.groups, self.k = cfg.shape(width)
+        self.qkv = nn.Linear(width, (self.heads + 2 * self.groups) * self.k, bias=bias)
+        self.out = nn.Linear(self.heads * self.k, width, bias=bias)
+        self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
+        self.dropout = dropout
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
+    ) -> Tensor:
+        parts = self.qkv(x).split([self.heads * self.k, self.groups * self.k, self.groups * self.k], dim=-1)
+        q, k, v = (p.unflatten(-1, (-1, self.k)).transpose(1, 2) for p in parts)  # (B, H or G, T, K)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.groups != self.heads,
+        )
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def attention_mask(
+    documents: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Who sees whom: (B or 1, 1, queries, keys) bool, or None where plain causal attention says the same.
+
+    The queries are the last of the keys' positions. `documents` (B, T) int: positions of one document see each other.
+    """
+    causal_is_enough = documents is None and (window is None or window >= keys) and queries == keys
+    if causal_is_enough:
+        return None
+    key = torch.arange(keys, device=device)
+    query = key[keys - queries :, None]
+    mask = (key <= query) if window is None else (key <= query) & (key > query - window)
+    if documents is None:
+        return mask[None, None]
+    return (mask & (documents[:, keys - queries :, None] == documents[:, None, :]))[:, None]

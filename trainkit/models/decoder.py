@@ -1,0 +1,151 @@
+"""A pre-norm transformer decoder whose parts are chosen by config, from GPT-2's architecture to Llama's.
+
+B rows, T positions, D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainkit.config import Count, Fraction, Positive, config
+from trainkit.models.attention import Attention, AttentionMixer, Cache, attention_mask
+from trainkit.models.mlp import MLP, MLPBlock
+from trainkit.models.positions import positions_in, rope_tables
+
+
+@config
+class Decoder:
+    """A decoder's shape. `context` is the longest row; `tied` uses the embedding as the head (Press & Wolf 2017,
+    arXiv:1608.05859); `init_std` and the smaller one of residual outputs are GPT-2's (Radford et al. 2019)."""
+
+    kind: Literal["decoder"] = "decoder"
+    vocab: Count
+    width: Count
+    depth: Count
+    context: Count
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: Positive = 1e-5
+    position: Literal["rope", "learned"] = "rope"
+    rope_theta: Positive = 10_000.0
+    attention: Attention
+    mlp: MLP
+    tied: bool = True
+    bias: bool = False
+    dropout: Fraction = 0.0
+    init_std: Positive = 0.02
+
+    def __post_init__(self) -> None:
+        _, _, k = self.attention.shape(self.width)
+        if self.position == "rope" and k % 2:
+            raise ValueError(f"rope turns pairs, so a head's width cannot be odd ({k}): change model.attention.heads")
+
+    def build(self) -> nn.Module:
+        """The backbone with fresh weights, drawn from torch's global generator."""
+        backbone = Backbone(self)
+        backbone.init_weights()
+        return backbone
+
+    def parameters(self) -> int:
+        """How many numbers it learns, by arithmetic: nothing is built."""
+        norm = self.width * (1 + (self.norm == "layernorm" and self.bias))
+        block = self.attention.parameters(self.width, self.bias) + self.mlp.parameters(self.width, self.bias) + 2 * norm
+        ends = self.vocab * self.width * (1 if self.tied else 2) + norm
+        return ends + self.depth * block + (self.context * self.width if self.position == "learned" else 0)
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of forward and backward for one token of a row of `length` tokens.
+
+        Two a multiply-add, the backward twice the forward; looking embeddings up costs none, the head counts; of causal
+        attention only the half that is needed counts, and of a sliding window only the window.
+        """
+        heads, groups, k = self.attention.shape(self.width)
+        matrices = self.width * k * (2 * heads + 2 * groups) + self.mlp.parameters(self.width, bias=False)
+        window = min(self.attention.window or length, length)
+        seen = window * (length - (window - 1) / 2) / length  # positions that a query sees, on average
+        return 6 * (self.depth * (matrices + 2 * heads * k * seen) + self.vocab * self.width)
+
+
+class Block(nn.Module):
+    """`forward(x_BTD, mask, rope) -> x_BTD`: attention and MLP, each normalised before and added after."""
+
+    def __init__(self, cfg: Decoder) -> None:
+        super().__init__()
+        self.attention_norm = _norm(cfg)
+        self.attention = AttentionMixer(cfg.attention, cfg.width, cfg.bias, cfg.dropout, cfg.norm_eps)
+        self.mlp_norm = _norm(cfg)
+        self.mlp = MLPBlock(cfg.mlp, cfg.width, cfg.bias)
+        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, rope, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Backbone(nn.Module):
+    """`forward(tokens_BT, documents_BT=None) -> hidden_BTD`, after the last norm.
+
+    `documents` (B, T) int, non-decreasing along a row, says which document a position belongs to: documents do not see
+    each other and positions restart in each. None: every row is one document.
+    """
+
+    def __init__(self, cfg: Decoder) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab, cfg.width)
+        self.position = nn.Embedding(cfg.context, cfg.width) if cfg.position == "learned" else None
+        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm = _norm(cfg)
+        self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
+
+    @property
+    def unembed(self) -> Tensor:
+        """The (V, D) matrix that turns hidden states into logits."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal weights, zero biases; what a block adds to the residual starts smaller, by the number of additions."""
+        cfg = self.cfg
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                residual = name.endswith(("attention.out", "mlp.out"))
+                nn.init.normal_(module.weight, std=cfg.init_std / ((2 * cfg.depth) ** 0.5 if residual else 1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=cfg.init_std)
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+                module.reset_parameters()
+
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, caches: Sequence[Cache] | None = None, seen: int = 0
+    ) -> Tensor:
+        """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them."""
+        cfg, length = self.cfg, tokens.shape[1]
+        if documents is None:
+            positions = torch.arange(seen, seen + length, device=tokens.device)
+        else:
+            positions = positions_in(documents)
+        x = self.embed(tokens)
+        rope = None
+        if self.position is not None:
+            x = x + self.position(positions)
+        else:
+            _, _, k = cfg.attention.shape(cfg.width)
+            rope = rope_tables(positions, k, cfg.rope_theta, x.dtype)
+        x = self.dropout(x)
+        mask = attention_mask(documents, length, seen + length, cfg.attention.window, tokens.device)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)
+        return self.norm(x)
+
+
+def _norm(cfg: Decoder) -> nn.Module:
+    if cfg.norm == "rmsnorm":
+        return nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
+    return nn.LayerNorm(cfg.width, eps=cfg.norm_eps, bias=cfg.bias)

@@ -1,0 +1,231 @@
+"""A run, whole: composed by Hydra, typed by pydantic, and known nowhere below.
+
+This is the only module that imports hydra, omegaconf or pydantic.
+"""
+
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, TypeAdapter, ValidationError
+from yaml import YAMLError
+
+from trainkit.checkpoint import Checkpoint
+from trainkit.choices import CONF
+from trainkit.config import Count, Natural, NonNegative, config, how
+from trainkit.data import Data
+from trainkit.errors import UserError
+from trainkit.evaluation import Evaluation
+from trainkit.memory import Memory
+from trainkit.models import Model
+from trainkit.optimizers import Optimizer
+from trainkit.overrides import Overrides, explain, typed_wrongly
+from trainkit.parallel import Parallel
+from trainkit.precision import Precision
+from trainkit.schedules import Schedule
+from trainkit.tasks import Task
+from trainkit.tracking import Tracking
+
+HOW_GROUPS = ("memory", "parallel", "checkpoint", "evaluation", "tracking")
+FILE = "run.yaml"
+
+
+@config
+class Run:
+    """Everything that a person chose. Saved as `run.yaml` it is whole: `resume` reads that file alone."""
+
+    name: str = how(None)
+    # what is learned
+    steps: Count
+    seed: Natural
+    clip: NonNegative
+    task: Annotated[Task, Field(discriminator="kind")]
+    model: Annotated[Model, Field(discriminator="kind")]
+    data: Annotated[Data, Field(discriminator="kind")]
+    optimizer: Annotated[Optimizer, Field(discriminator="kind")]
+    schedule: Schedule
+    precision: Precision
+    # how it is done: free to differ on resume
+    stop_at: Count | None = how(None)
+    compile: Literal["off", "blocks", "full"] = how("off")
+    memory: Memory
+    parallel: Parallel
+    checkpoint: Checkpoint
+    evaluation: Evaluation
+    tracking: Tracking
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", self.name):
+            raise ValueError(f"name={self.name} is not a folder's name: letters, digits and . _ + - only")
+        self.schedule.check(self.steps)
+        if self.data.length > self.model.context:
+            raise ValueError(f"data.length={self.data.length} is longer than model.context={self.model.context}")
+
+    def what(self) -> dict[str, Any]:
+        """The values that decide what is learned, by dotted key."""
+        return _flat({k: v for k, v in _what(self).items() if k not in HOW_GROUPS})
+
+    def yaml(self) -> str:
+        """The run as `run.yaml` holds it."""
+        return OmegaConf.to_yaml(OmegaConf.create(TypeAdapter(Run).dump_python(self, mode="json")))
+
+    def differs(self, other: "Run") -> list[str]:
+        """What is learned here and not there: `optimizer.lr: 0.001 here, 0.01 there`, one line a key."""
+        here, there = self.what(), other.what()
+        keys = [k for k in here | there if here.get(k) != there.get(k)]
+        return [f"{k}: {here.get(k, 'absent')} here, {there.get(k, 'absent')} there" for k in keys]
+
+
+def composed(overrides: list[str], config_dir: Path | None = None) -> Run:
+    """The run that `conf/` and a person's overrides make.
+
+    Raises:
+        UserError: an override that is not one, an unknown group choice or key, a wrong type or value.
+    """
+    tree = _composed(Overrides(Run, overrides, config_dir).hydra(), config_dir)
+    return _typed(tree)
+
+
+def saved(text: str, overrides: list[str] = [], *, config_dir: Path | None = None) -> Run:  # noqa: B006
+    """The run of a `run.yaml`, with overrides of how it is done.
+
+    Raises:
+        UserError: the file is not a run's, or an override is wrong or would change what is learned.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{FILE} cannot be read: {_first_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{FILE} holds no run")
+    before = _typed(tree)
+    given = Overrides(Run, overrides, config_dir)
+    for group in given.groups():
+        if group not in HOW_GROUPS:
+            raise UserError(
+                f"{group}= says what is learned, which cannot change on resume: train under another name instead"
+            )
+    if overrides:
+        fresh = _composed(given.hydra(), config_dir)
+        for group in given.groups():
+            tree[group] = fresh[group]
+        for key in given.keys():
+            _put(tree, key, _get(fresh, key))
+    after = _typed(tree)
+    if changed := before.differs(after):
+        raise UserError(
+            f"what is learned cannot change on resume ({changed[0].split(':')[0]}): train under another name instead"
+        )
+    return after
+
+
+def read(folder: Path) -> Run | None:
+    """The run that a folder belongs to, or None where there is none yet."""
+    file = folder / FILE
+    return saved(file.read_text()) if file.exists() else None
+
+
+def claim(folder: Path, run: Run) -> None:
+    """Make `folder` this run's own, durably. The same run may come back to it, done another way.
+
+    Raises:
+        UserError: another run has that name, with what differs.
+    """
+    refuse_another(folder, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{FILE}.{os.getpid()}"
+    with partial.open("w") as file:
+        file.write(run.yaml())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / FILE)
+
+
+def refuse_another(folder: Path, run: Run) -> None:
+    """Raise UserError when `folder` is the folder of a run that learns something else."""
+    there = read(folder)
+    if there is not None and (changed := run.differs(there)):
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"the name '{run.name}' is taken by another run ({'; '.join(changed[:3])}{more}): "
+            f"choose another with name=..., or give the same values to go on with it"
+        )
+
+
+def _composed(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
+    search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            node = compose("config", [*search, *overrides], return_hydra_config=True)
+        choices = node.hydra.runtime.choices
+        with_name = OmegaConf.masked_copy(node, [k for k in node if k not in ("hydra", "experiment")])
+        tree = OmegaConf.to_container(with_name, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(_first_line(error.__cause__ or error)) from error
+    assert isinstance(tree, dict)
+    if tree.get("name") is None:
+        tree["name"] = choices.get("experiment") or f"{choices['model']}-{choices['data']}"
+    return tree  # type: ignore[return-value]  # keys are strings
+
+
+def _typed(tree: dict[str, Any]) -> Run:
+    try:
+        run = TypeAdapter(Run).validate_python(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(explain(Run, e) for e in error.errors()[:3])) from error
+    if wrong := typed_wrongly(tree, run):
+        raise UserError(wrong)
+    return run
+
+
+def _what(config_: Any) -> dict[str, Any]:
+    """`asdict` without the fields that say how."""
+    kept = {}
+    for f in fields(config_):
+        value = getattr(config_, f.name)
+        if "how" not in f.metadata:
+            kept[f.name] = _what(value) if hasattr(value, "__dataclass_fields__") else _plain(value)
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if hasattr(value, "__dataclass_fields__"):
+        return _what(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _get(tree: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+    tree[last] = value
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,10 @@
+"""A task is `build(backbone) -> model`, `backward(model, batch, ...)` and `evaluate(model, batches, ...)`.
+
+It owns the loss and how a global batch becomes gradients, because only it knows how its loss adds up.
+"""
+
+from trainkit.tasks.causal_lm import CausalLM
+
+Task = CausalLM
+
+__all__ = ["CausalLM", "Task"]

@@ -1,0 +1,93 @@
+"""Predict the next token. The loss is a sum over tokens, divided once by their global number.
+
+B rows, T positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainkit.config import config
+from trainkit.tasks.loss import IGNORED, summed_loss
+
+
+@config
+class CausalLM:
+    """Next-token prediction (Radford et al. 2018)."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+
+    def build(self, backbone: nn.Module) -> "LanguageModel":
+        """The model whose forward this task calls."""
+        return LanguageModel(backbone)
+
+    def backward(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        *,
+        microbatch: int,
+        ranks: Any,
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    ) -> dict[str, Any]:
+        """Add the gradient of the global batch's mean loss to the parameters, `microbatch` rows at a time.
+
+        Returns:
+            `loss`: that mean, in nats a token, a detached scalar. A batch without labels has loss and gradient 0.
+        """
+        count = ranks.sum((batch["labels"] != IGNORED).sum()).clamp(min=1)
+        total = torch.zeros((), device=count.device)
+        for rows in _microbatches(batch, microbatch):
+            loss = model(rows["tokens"], rows["labels"], rows.get("documents")) / count
+            scale(loss).backward()
+            total = total + loss.detach()
+        return {"loss": ranks.sum(total)}
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, ranks: Any, stop: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """Loss (nats a token), perplexity and bits per byte of the batches; None when `stop()` says so in between."""
+        training = model.training
+        model.eval()
+        try:
+            sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+            for batch in batches:
+                if stop():
+                    return None
+                loss = model(batch["tokens"], batch["labels"], batch.get("documents"))
+                sums += torch.stack([loss.double(), (batch["labels"] != IGNORED).sum(), batch["bytes"].sum()])
+        finally:
+            model.train(training)
+        nats, tokens, size = ranks.sum(sums).tolist()
+        loss_per_token = nats / max(tokens, 1)
+        return {
+            "val_loss": loss_per_token,
+            "val_perplexity": math.exp(min(loss_per_token, 700)),
+            "val_bits_per_byte": nats / math.log(2) / max(size, 1),
+        }
+
+
+class LanguageModel(nn.Module):
+    """`forward(tokens_BT, labels_BT, documents_BT=None)` is the sum of the losses; without labels it is the logits."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, documents: Tensor | None = None, **cached: Any
+    ) -> Tensor:
+        hidden = self.backbone(tokens, documents, **cached)
+        if labels is None:
+            return F.linear(hidden, self.backbone.unembed)
+        return summed_loss(hidden, self.backbone.unembed, labels)
+
+
+def _microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:
+    for begin in range(0, len(batch["tokens"]), rows):
+        yield {name: tensor[begin : begin + rows] for name, tensor in batch.items()}

@@ -1,0 +1,86 @@
+"""Using a checkpoint: the verbs `evaluate` and `generate`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from trainkit import build, hardware, run as runs
+from trainkit.checkpoint import load
+from trainkit.checkpoint.find import resolve
+from trainkit.data import tokenizers
+from trainkit.errors import UserError
+from trainkit.learner import load_model
+from trainkit.progress import bytes_bar
+from trainkit.run import Run
+from trainkit.tasks.generate import generate as generate_tokens
+
+
+def evaluate(which: str, overrides: list[str], root: Path, *, as_json: bool) -> None:
+    """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`."""
+    path = resolve(which, root)
+    loaded = load(path)
+    own = _run(loaded.files, path)
+    run = runs.changed(own, overrides)
+    build.check(run)
+    with bytes_bar() as report:
+        corpus = run.data.open(report)
+    carried = tokenizers.load(loaded.files["tokenizer.json"])
+    if corpus.tokenizer.identity != carried.identity:
+        raise UserError(
+            f"the checkpoint was trained with the tokenizer {carried.name} and this data has {corpus.tokenizer.name}: "
+            f"give the data the checkpoint's tokenizer"
+        )
+    ranks = build.ranks(run)
+    learner = build.learner(run, corpus, ranks)
+    load_model(learner.model, loaded.tensors)
+    try:
+        found = run.task.evaluate(
+            learner.model, learner.loader.validation(run.evaluation.batches), ranks=ranks, stop=lambda: False
+        )
+    finally:
+        learner.loader.close()
+    if as_json:
+        print(json.dumps({"run": own.name, "step": loaded.step, "path": str(path), **found}))
+    else:
+        print(f"{own.name} step {loaded.step} on {corpus.validation.tokens:,} validation tokens of {corpus.name}")
+        for name, value in found.items():
+            print(f"  {name.removeprefix('val_').replace('_', ' '):15} {value:.4f}")
+
+
+def generate(
+    which: str,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    device: str,
+    root: Path,
+) -> None:
+    """Write the prompt and what the model goes on with to stdout, as it comes."""
+    path = resolve(which, root)
+    loaded = load(path)
+    run = _run(loaded.files, path)
+    tokenizer = tokenizers.load(loaded.files["tokenizer.json"])
+    place = hardware.choose(device)
+    model = run.task.build(run.model.build()).to(place)
+    load_model(model, loaded.tensors)
+    model = run.precision.apply(model, place).eval()
+    written = stream(
+        model,
+        tokenizer,
+        prompt,
+        tokens,
+        context=run.model.context,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    for text in written:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
