@@ -1,0 +1,228 @@
+"""Text to token ids and back. A document's end is one id that no text encodes to.
+
+A tokenizer can be written into a checkpoint (`save`) and read from it (`load`): one JSON document, no code.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainkit.config import Count, config, how
+from trainkit.errors import UserError
+
+END = "<|endoftext|>"
+TIKTOKEN = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}  # with their special tokens
+_TIKTOKEN_NAMES = {"gpt2": "gpt2", "cl100k": "cl100k_base", "o200k": "o200k_base"}
+
+
+class Tokenizer:
+    """`vocab` ids, of which `eos` ends a document. `encode` never gives `eos`: what looks like a special is text."""
+
+    name: str
+    vocab: int
+    eos: int
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Ids of a text."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; bytes that are no UTF-8 become the replacement character, `eos` nothing."""
+        raise NotImplementedError
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """(vocab,) how many UTF-8 bytes each id stands for; 0 for `eos` and other specials."""
+        raise NotImplementedError
+
+    def save(self) -> bytes:
+        """The tokenizer as JSON."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from any other."""
+        return {"name": self.name, "vocab": self.vocab, "sha256": hashlib.sha256(self.save()).hexdigest()}
+
+
+class BytesTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, and `eos`."""
+
+    name, vocab, eos = "bytes", 257, 256
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        return np.array([1] * 256 + [0], dtype=np.int32)
+
+    def save(self) -> bytes:
+        return json.dumps({"kind": "bytes"}).encode()
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library; where it names no end of text, one id is added behind the others."""
+
+    def __init__(self, text: str, name: str) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        try:
+            self._fast = Fast.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{name} is not a tokenizer.json: {error}") from error
+        self._fast.encode_special_tokens = True
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self.name, self._text = name, text
+        size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        named = [self._fast.token_to_id(t) for t in (END, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")]
+        known = [i for i in named if i is not None]
+        self.eos = known[0] if known else size
+        self.vocab = max(size, self.eos + 1)
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        decoded: str = self._fast.decode([i for i in ids if i != self.eos], skip_special_tokens=False)
+        return decoded
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        model = json.loads(self._text)
+        specials = {t["id"] for t in model.get("added_tokens", []) if t.get("special")} | {self.eos}
+        byte_level = "ByteLevel" in json.dumps(model.get("decoder") or {})  # one character a byte
+        sizes = np.zeros(self.vocab, dtype=np.int32)
+        for token, i in self._fast.get_vocab(with_added_tokens=True).items():
+            if i not in specials:
+                sizes[i] = len(token) if byte_level else len(self._fast.decode([i]).encode())
+        return sizes
+
+    def save(self) -> bytes:
+        return json.dumps({"kind": "json", "name": self.name, "tokenizer": self._text}).encode()
+
+
+class TiktokenTokenizer(Tokenizer):
+    """One of OpenAI's byte-pair encodings, by the `tiktoken` library."""
+
+    def __init__(self, name: str, encoding: Any) -> None:
+        self.name, self._encoding = name, encoding
+        self.eos, self.vocab = encoding.eot_token, encoding.n_vocab
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._encoding.decode([i for i in ids if i < self.eos])
+        return text
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        sizes = np.zeros(self.vocab, dtype=np.int32)
+        for token, i in self._encoding._mergeable_ranks.items():
+            sizes[i] = len(token)
+        return sizes
+
+    def save(self) -> bytes:
+        ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda pair: pair[1])
+        lines = [base64.b64encode(token).decode() for token, _ in ranks]
+        saved = {
+            "kind": "tiktoken",
+            "name": self.name,
+            "pattern": self._encoding._pat_str,
+            "ranks": " ".join(lines),
+            "ids": [rank for _, rank in ranks] if any(r != i for i, (_, r) in enumerate(ranks)) else None,
+            "special": self._encoding._special_tokens,
+        }
+        return json.dumps(saved).encode()
+
+
+def load(saved: bytes) -> Tokenizer:
+    """The tokenizer that `save` wrote.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        value = json.loads(saved)
+        match value["kind"]:
+            case "bytes":
+                return BytesTokenizer()
+            case "json":
+                return JsonTokenizer(value["tokenizer"], value["name"])
+            case "tiktoken":
+                from tiktoken import Encoding
+
+                tokens = [base64.b64decode(t) for t in value["ranks"].split(" ")]
+                ids = value["ids"] or range(len(tokens))
+                return TiktokenTokenizer(
+                    value["name"],
+                    Encoding(
+                        value["name"],
+                        pat_str=value["pattern"],
+                        mergeable_ranks=dict(zip(tokens, ids, strict=True)),
+                        special_tokens=value["special"],
+                    ),
+                )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"not a saved tokenizer: {error}") from error
+    raise UserError(f"not a saved tokenizer: kind {value['kind']}")
+
+
+@config
+class TokenizerConfig:
+    """Which tokenizer reads a text: `bytes`; `bpe`, trained on the text to `vocab` ids; `file`, a tokenizer.json at
+    `path`; or `gpt2`, `cl100k` and `o200k`, which tiktoken fetches once (TIKTOKEN_CACHE_DIR)."""
+
+    kind: Literal["bytes", "bpe", "file", "gpt2", "cl100k", "o200k"] = "bytes"
+    vocab: Count = 4096
+    path: str | None = how(None)
+
+    def __post_init__(self) -> None:
+        if self.kind == "file" and self.path is None:
+            raise ValueError("data.tokenizer.path is missing: a tokenizer of kind file is read from a tokenizer.json")
+        if self.kind == "bpe" and self.vocab < 257:
+            raise ValueError(f"data.tokenizer.vocab={self.vocab} cannot hold the 256 bytes and the end of text")
+
+    def size(self) -> int:
+        """How many ids it has, without reading any text."""
+        if self.kind == "bpe":
+            return self.vocab
+        return TIKTOKEN[self.kind] if self.kind in TIKTOKEN else self._ready().vocab
+
+    def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """The tokenizer; `texts` are what a bpe learns from."""
+        return _trained(self.vocab, texts()) if self.kind == "bpe" else self._ready()
+
+    def _ready(self) -> Tokenizer:
+        if self.kind == "bytes":
+            return BytesTokenizer()
+        if self.kind == "file":
+            assert self.path is not None
+            try:
+                return JsonTokenizer(Path(self.path).read_text(), Path(self.path).name)
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"data.tokenizer.path={self.path} cannot be read: {error}") from error
+        import tiktoken
+
+        try:
+            return TiktokenTokenizer(self.kind, tiktoken.get_encoding(_TIKTOKEN_NAMES[self.kind]))
+        except Exception as error:  # whatever its download raises
+            raise UserError(
+                f"the tokenizer {self.kind} could not be fetched ({type(error).__name__}): put its file into the folder "
+                f"that TIKTOKEN_CACHE_DIR names, or use data.tokenizer.kind=bpe"
+            ) from error
+
+
+def _trained(vocab: int, texts: Iterable[str]) -> Tokenizer:
+    from tokenizers import ByteLevelBPETokenizer
+
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(texts, vocab_size=vocab, special_tokens=[END], show_progress=False)
+    return JsonTokenizer(learner._tokenizer.to_str(), "bpe")
