@@ -1,0 +1,149 @@
+"""Finding checkpoints by what people call them: latest, best, a run's name, RUN/step-N, a path."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainkit.checkpoint import FOLDER, Checkpoint, store, tiers_of
+from trainkit.checkpoint.manifest import BadCheckpoint, Manifest
+from trainkit.errors import UserError, nearest
+
+Policy = Callable[[Path], tuple[Checkpoint, bool]]  # a run's folder to its policy and whether higher is better
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint for a list. `verified`: every byte is what was saved."""
+
+    run: str
+    step: int
+    tiers: list[str]
+    path: Path
+    bytes: int
+    verified: bool
+    val_loss: float | None
+    metric: float | None
+    epoch: float | None
+    time: float | None
+    problem: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry as a script reads it."""
+        return {**self.__dict__, "path": str(self.path)}
+
+
+def list_checkpoints(root: Path, policy: Policy, run: str | None = None) -> list[Entry]:
+    """Every checkpoint of every run in `root`, by run and step, each one verified.
+
+    Raises:
+        UserError: there is no run of that name.
+    """
+    if run is not None and not (root / run).is_dir():
+        raise UserError(f"there is no run '{run}' in {root}{nearest(run, _runs(root))}")
+    return [entry for name in ([run] if run else _runs(root)) for entry in _entries(root / name, policy)]
+
+
+def resolve(where: str, root: Path, policy: Policy) -> Path:
+    """The folder of the checkpoint that `where` names: `latest` or `best` (of the newest run), a run's name (its
+    latest), `RUN/best`, `RUN/step-N`, or a path to a run or to a checkpoint.
+
+    Raises:
+        UserError: there is none, with what was looked at.
+    """
+    path = Path(where)
+    if store.step_of(path.name) is not None and path.is_dir():
+        return path
+    if (path / FOLDER).is_dir() and len(path.parts) > 1:
+        return _of_run(path, "latest", policy)
+    if where in ("latest", "best"):
+        return _of_run(_newest_run(root), where, policy)
+    name, _, which = where.partition("/")
+    if not (root / name).is_dir():
+        raise UserError(
+            f"there is no checkpoint '{where}': looked for a run in {root} and for a path"
+            f"{nearest(name, ['latest', 'best', *_runs(root)])}"
+        )
+    return _of_run(root / name, which or "latest", policy)
+
+
+def _of_run(folder: Path, which: str, policy: Policy) -> Path:
+    good = _good(folder)
+    if not good:
+        raise UserError(f"the run {folder.name} has no checkpoint: looked in {folder / FOLDER}")
+    if which == "latest":
+        return good[-1][0]
+    if which == "best":
+        checkpoints, higher = policy(folder)
+        belongs = tiers_of([m for _, m in good], checkpoints, higher)
+        best = [path for path, m in good if "best" in belongs[m.step]]
+        if not best:
+            raise UserError(f"the run {folder.name} has no best checkpoint: none was saved where it was evaluated")
+        return best[0]
+    match = re.fullmatch(r"(?:step-)?(\d+)", which)
+    found = [path for path, m in good if match and m.step == int(match[1])]
+    if not found:
+        steps = ", ".join(f"step-{m.step}" for _, m in good)
+        raise UserError(f"the run {folder.name} has no checkpoint '{which}': it has {steps}, latest and best")
+    return found[0]
+
+
+def _newest_run(root: Path) -> Path:
+    newest: tuple[float, Path] | None = None
+    for name in _runs(root):
+        good = _good(root / name)
+        if good and (newest is None or good[-1][1].time > newest[0]):
+            newest = good[-1][1].time, root / name
+    if newest is None:
+        looked = ", ".join(_runs(root)) or "no runs"
+        raise UserError(f"there is no checkpoint in {root} (it holds {looked}): start a run with `trainkit train`")
+    return newest[1]
+
+
+def _runs(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if (p / FOLDER).is_dir()) if root.is_dir() else []
+
+
+def _good(folder: Path) -> list[tuple[Path, Manifest]]:
+    found = []
+    for path in _folders(folder):
+        try:
+            found.append((path, store.inspect(path)))
+        except BadCheckpoint:
+            continue  # whoever loads it says what is wrong
+    return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in (folder / FOLDER).iterdir() if store.step_of(p.name) is not None)
+
+
+def _entries(folder: Path, policy: Policy) -> list[Entry]:
+    checkpoints, higher = policy(folder)
+    belongs = tiers_of([m for _, m in _good(folder)], checkpoints, higher)
+    return [_entry(path, folder.name, belongs) for path in _folders(folder)]
+
+
+def _entry(path: Path, run: str, belongs: dict[int, list[str]]) -> Entry:
+    step = store.step_of(path.name)
+    assert step is not None
+    try:
+        manifest, problem = store.verify(path), None
+    except BadCheckpoint as error:
+        size = sum(p.lstat().st_size for p in path.iterdir()) if path.is_dir() else 0
+        return Entry(run, step, [], path, size, False, None, None, None, None, str(error))
+    facts = manifest.facts
+    return Entry(
+        run,
+        step,
+        belongs.get(step, []),
+        path,
+        manifest.bytes,
+        True,
+        facts.get("val_loss"),
+        facts.get("metric"),
+        facts.get("epoch"),
+        manifest.time,
+        problem,
+    )

@@ -1,0 +1,62 @@
+"""One process a run. The kernel holds the lock, so that one whose holder was killed is free at once."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from trainkit.errors import UserError
+
+NAME = "LOCK"
+
+
+class RunLock:
+    """Held inside `with`. The file says who holds it; that it stays behind means nothing.
+
+    Raises:
+        UserError: another process holds it, with its pid and host; or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / NAME
+
+    def __enter__(self) -> "RunLock":
+        made = not self._path.parent.exists()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"{self._path.parent} cannot be written: {error.strerror}; choose another --runs") from error
+        self._made = made
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = self._holder()
+            os.close(self._descriptor)
+            raise UserError(
+                f"the run {self._path.parent.name} is in use by {holder}: wait for it, stop it, or choose another name"
+            ) from error
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(me).encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._made and error is not None and {p.name for p in self._path.parent.iterdir()} == {NAME}:
+            self._path.unlink()  # a mistake that was found before anything was done leaves no folder behind
+            with contextlib.suppress(OSError):
+                self._path.parent.rmdir()
+        os.close(self._descriptor)
+
+    def _holder(self) -> str:
+        try:
+            found = json.loads(os.pread(self._descriptor, 4096, 0))
+            return f"process {found['pid']} on {found['host']} since {found['since']}"
+        except (ValueError, KeyError, TypeError):
+            return "another process"
