@@ -1,0 +1,104 @@
+"""What the device is and what it can do, measured rather than looked up."""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from trainkit import __version__
+from trainkit.errors import UserError
+
+PYTHON, TORCH = (3, 11), (2, 11)
+
+
+def check_versions() -> None:
+    """Refuse a Python or torch that is too old, before anything is imported that would fail in its own words.
+
+    Raises:
+        UserError: with what is needed.
+    """
+    torch_version = metadata.version("torch")
+    if sys.version_info < PYTHON:
+        raise UserError(f"trainkit needs Python {_dotted(PYTHON)} or newer; this is {platform.python_version()}")
+    if tuple(int(n) for n in torch_version.split("+")[0].split(".")[:2]) < TORCH:
+        raise UserError(f"trainkit needs torch {_dotted(TORCH)} or newer; this is {torch_version}: pip install -U torch")
+
+
+def choose(device: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in here and not (device == "cuda" and len(here) > 1):
+        raise UserError(f"parallel.device={device} is not here: there is {', '.join(here)}")
+    return torch.device(device)
+
+
+def name(device: torch.device) -> str:
+    """What the device is called, for a person."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return f"{torch.get_num_threads()} threads of {model}"
+
+
+@cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that a large square matrix product reaches here, measured: the median of the
+    better half of some tries, after a warm-up. About a third of a second on a CPU."""
+    side, seconds = (8192, 0.2) if device.type == "cuda" else (1024, 0.3)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    rates: list[float] = []
+    end = time.perf_counter() + seconds
+    a @ b
+    while time.perf_counter() < end or len(rates) < 4:
+        _wait(device)
+        begin = time.perf_counter()
+        a @ b
+        _wait(device)
+        rates.append(2 * side**3 / (time.perf_counter() - begin))
+    return statistics.median(sorted(rates)[len(rates) // 2 :])
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that tensors take on a GPU; on a CPU those that the process holds."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was made with."""
+    return {
+        "trainkit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
