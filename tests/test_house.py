@@ -43,7 +43,9 @@ FLOORS = [
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 NEIGHBOURS = {6: True, 7: True}  # the upper floors may import sideways; the rooms below may not
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
-EVERY_PYTHON_FILE = [p for d in (ROOT, CONF.parent / "tests", CONF.parent / "benchmarks") for p in sorted(d.rglob("*.py"))]
+EVERY_PYTHON_FILE = [
+    p for d in (ROOT, CONF.parent / "tests", CONF.parent / "benchmarks") for p in sorted(d.rglob("*.py"))
+]
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """From a Run to what runs it: every wire in the house, in the order in which it is pulled."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,26 +7,31 @@ from typing import Any
 
 import torch
 
-from trainkit import hardware, run as runs
-from trainkit.checkpoint import Checkpointer
+from trainkit import hardware
+from trainkit import run as runs
+from trainkit.checkpoint import Loaded
 from trainkit.checkpoint.lock import RunLock
 from trainkit.errors import UserError
-from trainkit.learner import Learner, load_model
+from trainkit.learner import Learner
 from trainkit.parallel import Ranks
 from trainkit.run import Run
-from trainkit.tasks.generate import generate
+from trainkit.sampling import stream
 from trainkit.throughput import Meter
 from trainkit.trainer import Trainer
 from trainkit.units import human_bytes, human_count
 
-Report = Callable[..., None]
+Report = Callable[[int, int, str], None]
 
 
 def check(run: Run) -> None:
-    """Refuse what can be seen to be wrong before anything is built or any data is read."""
+    """Refuse what can be seen to be wrong before anything is built or any text is read.
+
+    Raises:
+        UserError: the data is not there, or its vocabulary does not fit the model.
+    """
     run.data.check()
     if (vocab := run.data.vocab()) is not None:
-        _fits(vocab, run)
+        _refuse_small_vocabulary(vocab, run)
 
 
 def ranks(run: Run) -> Ranks:
@@ -37,20 +41,18 @@ def ranks(run: Run) -> Ranks:
 
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     """All that learns, and nothing that writes: enough for tests and benchmarks."""
-    _fits(corpus.vocab, run)
+    _refuse_small_vocabulary(corpus.vocab, run)
     torch.manual_seed(run.seed)
-    backbone = run.model.build()
-    model = run.task.build(backbone).to(ranks.device)
+    model = run.task.build(run.model.build()).to(ranks.device)
     model = run.precision.apply(model, ranks.device)
-    model = run.memory.apply(model)
+    model = run.memory.apply(model)  # over whole blocks, before anything else wraps them
     _compile(model, run.compile)
-    loader = run.data.build(corpus, seed=run.seed, ranks=ranks, device=ranks.device)
     return Learner(
         task=run.task,
         model=model,
         optimizer=run.optimizer.build(model),
         schedule=run.schedule,
-        loader=loader,
+        loader=run.data.build(corpus, seed=run.seed, ranks=ranks, device=ranks.device),
         ranks=ranks,
         scaler=run.precision.scaler(ranks.device),
         seed=run.seed,
@@ -61,10 +63,9 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
 
 
 @contextmanager
-def trainer(run: Run, folder: Path, report: Report | None = None) -> Iterator[Trainer]:
-    """A learner and the folder that it keeps, locked for as long as this lasts.
-
-    Everything a person can have got wrong is found before the folder is touched.
+def trainer(run: Run, folder: Path, *, start: Path | None = None, report: Report | None = None) -> Iterator[Trainer]:
+    """A learner and the folder that it keeps, locked for as long as this lasts; it goes on from the newest checkpoint
+    or from that of `start`. What a person can have got wrong is found before the folder is claimed.
 
     Raises:
         UserError: wrong data, a name that is taken, another process on this run, a disk that cannot hold it.
@@ -74,12 +75,15 @@ def trainer(run: Run, folder: Path, report: Report | None = None) -> Iterator[Tr
     check(run)
     with RunLock(folder):
         joined = ranks(run)
+        trackers = run.tracking.build(folder)
         corpus = run.data.open(report)
         it = learner(run, corpus, joined)
-        checkpointer = run.checkpoint.build(folder, higher_is_better=run.evaluation.higher_is_better)
-        checkpointer.preflight(sum(t.nbytes for t in it.tensors().values()))
+        checkpointer = run.checkpoint.build(
+            folder, higher_is_better=run.evaluation.higher_is_better, versions=hardware.versions()
+        )
+        checkpointer.preflight(_checkpoint_bytes(it))
         runs.claim(folder, run)
-        trackers = run.tracking.build(folder)
+        found = checkpointer.load(start) if start else checkpointer.load_latest()
         made = Trainer(
             learner=it,
             checkpointer=checkpointer,
@@ -94,13 +98,15 @@ def trainer(run: Run, folder: Path, report: Report | None = None) -> Iterator[Tr
             stop_at=min(run.stop_at or run.steps, run.steps),
             memory_in_use=lambda: hardware.memory_in_use(joined.device),
             sample=_sampler(run, it, corpus) if run.evaluation.sample_tokens else None,
-            facts=_facts(run, corpus),
-            files={"run.yaml": run.yaml().encode(), "tokenizer.json": corpus.tokenizer.save()},
+            facts=_facts(corpus),
+            files={runs.FILE: run.yaml().encode(), "tokenizer.json": corpus.tokenizer.save()},
+            best=run.evaluation.best(),
         )
-        if (found := checkpointer.load_latest()) is not None:
-            _same_data(found.state, corpus)
+        if found:
+            _refuse_other_data(found, corpus)
             made.restore(found.tensors, found.state)
         trackers.start(header(run, made, corpus), it.step, steps=made.stop_at, config=run.yaml())
+        made.tell_what_was_found()
         try:
             yield made
         finally:
@@ -109,26 +115,78 @@ def trainer(run: Run, folder: Path, report: Report | None = None) -> Iterator[Tr
 
 def header(run: Run, trainer: Trainer, corpus: Any) -> dict[str, str]:
     """What a person wants to see before a run starts."""
-    it, device = trainer.learner, trainer.learner.ranks.device
-    parameters = run.model.parameters()
-    micro = min(it.microbatch, run.data.batch)
-    accumulation = -(-run.data.batch // micro)
+    it, meter = trainer.learner, trainer.meter
+    device, ways = it.ranks.device, it.ranks.size
+    micro = min(it.microbatch, run.data.batch // ways)
+    accumulated = -(-run.data.batch // ways // micro)
+    peak = f"{meter.peak_flops / 1e12:.2f} TFLOP/s measured in {run.precision.compute or run.precision.params}"
     return {
-        "run": run.name,
-        "model": f"{human_count(parameters)} parameters",
-        "data": f"{corpus.name}: {human_count(corpus.train.tokens)} training tokens, {corpus.tokenizer.name} tokenizer",
-        "device": f"{hardware.name(device)}, {human_count(trainer.meter.peak_flops)}FLOP/s measured",
-        "batch": f"{micro} rows × {accumulation} accumulated × {it.ranks.size} rank = {run.data.batch} rows "
-        f"of {run.data.length} = {human_count(trainer.meter.tokens_per_step)} tokens a step",
-        "memory": run.memory.describe(),
-        "state": human_bytes(sum(t.nbytes for t in it.tensors().values())) + " a checkpoint",
-        "steps": f"{it.step} to {trainer.stop_at}" if it.step else f"{trainer.stop_at}",
+        "run": f"{run.name}, step {it.step} to {trainer.stop_at}"
+        if it.step
+        else f"{run.name}, {trainer.stop_at} steps",
+        "model": f"{human_count(run.model.parameters())} parameters",
+        "data": f"{corpus.name}: {human_count(corpus.train_tokens)} tokens to learn from, "
+        f"{human_count(corpus.validation_tokens)} held out, tokenizer {corpus.tokenizer.name}",
+        "device": f"{hardware.name(device)}, {peak}",
+        "batch": f"{micro} rows × {accumulated} accumulated × {ways} device = {run.data.batch} rows of {run.data.length}: "
+        f"{human_count(meter.tokens_per_step)} tokens a step, {run.data.batch * run.steps / _samples(it):.1f} epochs",
+        "memory": f"{run.memory.describe()}; a checkpoint takes {human_bytes(_checkpoint_bytes(it))}",
     }
 
 
-def _compile(model: torch.nn.Module, how: str) -> None:
+def _compile(model: Any, how: str) -> None:
     if how == "blocks":
-        for block in model.backbone.blocks:  # type: ignore[union-attr]  # a task's model has a backbone of blocks
+        for block in model.backbone.blocks:
             block.compile()
     elif how == "full":
         model.compile()
+
+
+def _refuse_small_vocabulary(vocab: int, run: Run) -> None:
+    if vocab > run.model.vocab:
+        raise UserError(
+            f"the tokenizer has {vocab} ids and model.vocab={run.model.vocab} has no room for them: "
+            f"use model.vocab={-(-vocab // 64) * 64} or a smaller tokenizer"
+        )
+
+
+def _checkpoint_bytes(it: Learner) -> int:
+    """How much a checkpoint takes: two moments beside every parameter at most."""
+    return sum(p.nbytes * (3 if p.requires_grad else 1) for p in it.model.parameters())
+
+
+def _samples(it: Learner) -> float:
+    return it.loader.batch / max(it.loader.epoch(1), 1e-12)
+
+
+def _facts(corpus: Any) -> dict[str, Any]:
+    return {"data": {"fingerprint": corpus.fingerprint, "name": corpus.name, "tokenizer": corpus.tokenizer.identity}}
+
+
+def _refuse_other_data(found: Loaded, corpus: Any) -> None:
+    before = found.state["data"]
+    if before["tokenizer"] != corpus.tokenizer.identity:
+        raise UserError(
+            f"{found.path} was trained with the tokenizer {before['tokenizer']['name']} and this data has "
+            f"{corpus.tokenizer.name}: give it its own data, or train under another name"
+        )
+    if before["fingerprint"] != corpus.fingerprint:
+        raise UserError(
+            f"{found.path} was trained on another text than {corpus.name} is now: bring back what it was trained on, "
+            f"or train under another name"
+        )
+
+
+def _sampler(run: Run, it: Learner, corpus: Any) -> Callable[[], str]:
+    def sample() -> str:
+        written = stream(
+            it.model,
+            corpus.tokenizer,
+            run.evaluation.prompt,
+            tokens=run.evaluation.sample_tokens,
+            context=run.model.context,
+            seed=run.seed,
+        )
+        return run.evaluation.prompt + "".join(written)
+
+    return sample

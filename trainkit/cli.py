@@ -1,18 +1,14 @@
 """trainkit VERB [OVERRIDES]. A verb is a function; heavy imports wait until one is called."""
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from trainkit import __version__
 from trainkit.choices import ANY_OF_SEVERAL, choices
-from trainkit.errors import FAILED, MISTAKE, STOPPED, UserError, nearest
-
-GREEDY = {"allow_extra_args": False, "ignore_unknown_options": False}
+from trainkit.errors import FAILED, MISTAKE, nearest
 
 app = typer.Typer(
     name="trainkit",
@@ -148,11 +144,11 @@ def generate(
 
 
 @app.command()
-def doctor(json_: Json = False) -> None:
+def doctor(json_: Json = False, runs: Runs = RUNS) -> None:
     """What this machine has and what trainkit can use of it."""
     from trainkit import show
 
-    show.doctor(as_json=json_)
+    show.doctor(runs, as_json=json_)
 
 
 def _leave(code: int) -> None:

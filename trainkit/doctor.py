@@ -86,7 +86,9 @@ def _disk(runs: Path) -> Iterator[Finding]:
     there = next(p for p in [runs.absolute(), *runs.absolute().parents] if p.exists())
     free = shutil.disk_usage(there).free
     low = free < 5 << 30
-    yield Finding("disk for runs", f"{human_bytes(free)} free at {runs}", "warn" if low else "ok", "little" if low else "")
+    yield Finding(
+        "disk for runs", f"{human_bytes(free)} free at {runs}", "warn" if low else "ok", "little" if low else ""
+    )
     try:
         with tempfile.TemporaryDirectory(dir=there, prefix=".trainkit-") as folder:
             atomic.write(Path(folder) / "probe", b"probe")

@@ -27,7 +27,9 @@ def check_versions() -> None:
     if sys.version_info < PYTHON:
         raise UserError(f"trainkit needs Python {_dotted(PYTHON)} or newer; this is {platform.python_version()}")
     if tuple(int(n) for n in torch_version.split("+")[0].split(".")[:2]) < TORCH:
-        raise UserError(f"trainkit needs torch {_dotted(TORCH)} or newer; this is {torch_version}: pip install -U torch")
+        raise UserError(
+            f"trainkit needs torch {_dotted(TORCH)} or newer; this is {torch_version}: pip install -U torch"
+        )
 
 
 def choose(device: str) -> torch.device:

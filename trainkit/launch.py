@@ -4,49 +4,62 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainkit import build, run as runs
-from trainkit.checkpoint.find import resolve
-from trainkit.errors import DONE, STOPPED, DamagedError, UserError
+from trainkit import build
+from trainkit import run as runs
+from trainkit.checkpoint import Checkpoint, find
+from trainkit.errors import DONE, STOPPED
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
 
 
-def train(run: Run, root: Path) -> int:
-    """Start `run` in `root`, or go on with it; the exit code says how it ended."""
+def train(run: Run, root: Path, *, start: Path | None = None) -> int:
+    """Start `run` in `root`, or go on with it (from the checkpoint `start` if given); the exit code says how it ended."""
     folder = root / run.name
-    with bytes_bar() as report, build.trainer(run, folder, report) as trainer:
-        if trainer.learner.step >= trainer.stop_at:
-            trainer.trackers.close("done")
-            print(f"run {run.name} is at step {trainer.learner.step} already: nothing to do")
-            return DONE
+    with bytes_bar() as report, build.trainer(run, folder, start=start, report=report) as trainer:
+        fresh = trainer.learner.step < trainer.stop_at
+        end = "failed"
         try:
             end = trainer.fit()
-        except BaseException as error:
-            trainer.trackers.close(type(error).__name__)
-            raise
-        trainer.trackers.close(end)
-    _say_what_next(run, trainer, end)
+        finally:
+            trainer.trackers.close(end)
+    _say_what_next(run, trainer.learner.step, end, fresh)
     return DONE if end in ("done", "patience") else STOPPED
 
 
 def resume(which: str, overrides: list[str], root: Path, config_dir: Path | None) -> int:
-    """Go on with the run that `which` names, from its folder alone."""
-    checkpoint = resolve(which, root)
-    folder = checkpoint.parents[1]
+    """Go on with the run that `which` names, from its folder alone.
+
+    `latest`, a run's name or its folder mean its newest good checkpoint; anything else that very checkpoint.
+    """
+    named = find.resolve(which, root, policy)
+    folder = named.parents[1]
     run = runs.saved((folder / runs.FILE).read_text(), overrides, config_dir=config_dir)
-    return train(run, folder.parent)
+    newest = which == "latest" or (root / which) == folder or Path(which) == folder
+    return train(run, folder.parent, start=None if newest else named)
 
 
-def _say_what_next(run: Run, trainer: build.Trainer, end: str) -> None:
-    console = Console(highlight=False)
-    at = f"step {trainer.learner.step} of {run.steps}"
-    if end == "done" or end == "patience":
-        why = "" if end == "done" else f" (no better for {run.evaluation.patience} evaluations)"
-        console.print(f"\n[bold]{run.name}[/bold] is trained to {at}{why}. Next:")
-        console.print(f"  trainkit generate {run.name} --prompt 'Call me '", markup=False)
-        console.print(f"  trainkit evaluate {run.name}", markup=False)
-        console.print("  trainkit list-checkpoints", markup=False)
-        console.print("  tensorboard --logdir runs", markup=False)
-        console.print("  trainkit train model=char-small steps=2000    # or data=text data.path=FOLDER", markup=False)
-    else:
-        console.print(f"\nstopped by {end} at {at}; nothing is lost. Go on with:\n  trainkit resume {run.name}")
+def policy(folder: Path) -> tuple[Checkpoint, bool]:
+    """What a run's own config says about its tiers: the policy, and whether a higher metric is better."""
+    run = runs.read(folder)
+    return (run.checkpoint, run.evaluation.higher_is_better) if run else (Checkpoint(), False)
+
+
+def _say_what_next(run: Run, step: int, end: str, fresh: bool) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    if end not in ("done", "patience"):
+        console.print(f"stopped by {end} at step {step} of {run.steps}; nothing is lost. Go on with:")
+        console.print(f"  trainkit resume {run.name}", markup=False)
+        return
+    why = f" (no better for {run.evaluation.patience} evaluations)" if end == "patience" else ""
+    console.print(f"{run.name} is at step {step} of {run.steps}{why}{'' if fresh else ' already'}. What to try next:")
+    more = f"trainkit resume {run.name}" if step < run.steps and end == "done" else None
+    steps = [
+        more,
+        f"trainkit generate {run.name} --prompt 'Call me '",
+        f"trainkit evaluate {run.name}",
+        "trainkit list-checkpoints",
+        "tensorboard --logdir runs",
+        "trainkit train model=char-small data=text data.path=A_FOLDER_OF_TEXT",
+    ]
+    for line in filter(None, steps):
+        console.print(f"  {line}", markup=False)

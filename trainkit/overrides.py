@@ -33,7 +33,7 @@ class Overrides:
         """The groups of which a choice is given."""
         return [key for _, key, _ in self._given if key in self._choices]
 
-    def keys(self) -> list[str]:
+    def values(self) -> list[str]:
         """The fields that are given a value, dotted."""
         return [key for sign, key, _ in self._given if key not in self._choices and sign != "~"]
 
@@ -171,4 +171,3 @@ def _place(run: type, loc: tuple[Any, ...]) -> tuple[str, Any, str | None]:
 def _tag(cls: type) -> str | None:
     hint = _hints(cls).get("kind")
     return get_args(hint)[0] if get_origin(hint) is Literal else None
-

@@ -12,7 +12,13 @@ Report = Callable[[int, int, str], None]
 @contextmanager
 def bytes_bar() -> Iterator[Report]:
     """A `report(done, total, what)` that draws on stderr while the block lasts, and nothing when nothing is reported."""
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         tasks: dict[str, int] = {}
 

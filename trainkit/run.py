@@ -3,8 +3,8 @@
 This is the only module that imports hydra, omegaconf or pydantic.
 """
 
-import os
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from trainkit import atomic
 from trainkit.checkpoint import Checkpoint
 from trainkit.choices import CONF
 from trainkit.config import Count, Natural, NonNegative, config, how
@@ -92,8 +93,8 @@ def composed(overrides: list[str], config_dir: Path | None = None) -> Run:
     return _typed(tree)
 
 
-def saved(text: str, overrides: list[str] = [], *, config_dir: Path | None = None) -> Run:  # noqa: B006
-    """The run of a `run.yaml`, with overrides of how it is done.
+def saved(text: str, overrides: Sequence[str] = (), *, config_dir: Path | None = None, free: Sequence[str] = ()) -> Run:
+    """The run of a `run.yaml`, with overrides of how it is done, and of the groups that are `free` to change as well.
 
     Raises:
         UserError: the file is not a run's, or an override is wrong or would change what is learned.
@@ -105,9 +106,9 @@ def saved(text: str, overrides: list[str] = [], *, config_dir: Path | None = Non
     if not isinstance(tree, dict):
         raise UserError(f"{FILE} holds no run")
     before = _typed(tree)
-    given = Overrides(Run, overrides, config_dir)
+    given = Overrides(Run, list(overrides), config_dir)
     for group in given.groups():
-        if group not in HOW_GROUPS:
+        if group not in (*HOW_GROUPS, *free):
             raise UserError(
                 f"{group}= says what is learned, which cannot change on resume: train under another name instead"
             )
@@ -115,10 +116,10 @@ def saved(text: str, overrides: list[str] = [], *, config_dir: Path | None = Non
         fresh = _composed(given.hydra(), config_dir)
         for group in given.groups():
             tree[group] = fresh[group]
-        for key in given.keys():
+        for key in given.values():
             _put(tree, key, _get(fresh, key))
     after = _typed(tree)
-    if changed := before.differs(after):
+    if changed := [line for line in before.differs(after) if line.split(".")[0] not in free]:
         raise UserError(
             f"what is learned cannot change on resume ({changed[0].split(':')[0]}): train under another name instead"
         )
@@ -139,12 +140,7 @@ def claim(folder: Path, run: Run) -> None:
     """
     refuse_another(folder, run)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{FILE}.{os.getpid()}"
-    with partial.open("w") as file:
-        file.write(run.yaml())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / FILE)
+    atomic.write(folder / FILE, run.yaml().encode())
 
 
 def refuse_another(folder: Path, run: Run) -> None:

@@ -9,12 +9,13 @@ from rich.table import Table
 
 from trainkit import doctor as examine
 from trainkit.checkpoint.find import Entry, list_checkpoints
+from trainkit.launch import policy
 from trainkit.units import human_bytes, human_time
 
 
 def checkpoints(run: str | None, root: Path, *, as_json: bool) -> None:
     """The checkpoints of every run, or of one, newest last."""
-    entries = list_checkpoints(root, run)
+    entries = list_checkpoints(root, policy, run)
     if as_json:
         print(json.dumps([entry.as_json() for entry in entries], indent=2))
         return
@@ -35,14 +36,14 @@ def _row(entry: Entry) -> tuple[str, ...]:
         "-" if entry.epoch is None else f"{entry.epoch:.2f}",
         "-" if entry.val_loss is None else f"{entry.val_loss:.4f}",
         human_bytes(entry.bytes),
-        human_time(max(0.0, time.time() - entry.time)),
-        {True: "yes", False: "[red]no[/red]", None: "-"}[entry.verified],
+        "-" if entry.time is None else human_time(max(0.0, time.time() - entry.time)),
+        "yes" if entry.verified else f"[red]no: {entry.problem}[/red]",
     )
 
 
-def doctor(*, as_json: bool) -> None:
+def doctor(root: Path, *, as_json: bool) -> None:
     """What this machine has, what trainkit can use of it, and what to do about the rest."""
-    rows = examine.report()
+    rows = examine.report(root)
     if as_json:
         print(json.dumps([row.as_json() for row in rows], indent=2))
         return

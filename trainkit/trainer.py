@@ -1,8 +1,9 @@
 """The loop around a learner: when to log, to evaluate, to save and to stop."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trainkit.checkpoint import SaveFailed
@@ -19,8 +20,8 @@ SAVE_ATTEMPTS = 3  # saves in a row that may fail before the run stops
 class Trainer:
     """A learner, and what a run does around it.
 
-    `facts` are what a checkpoint should say and the loop does not know (the data's fingerprint, versions, ...); `files`
-    are carried into every checkpoint so that it can be used alone; `sample` writes some text with the model as it is.
+    `facts` are what a checkpoint has to agree with and the loop does not know (the data's fingerprint, the tokenizer);
+    `files` are carried into every checkpoint so that it can be used alone; `sample` writes some text with the model.
     """
 
     learner: Learner
@@ -34,7 +35,7 @@ class Trainer:
     sample: Callable[[], str] | None
     facts: Mapping[str, Any]
     files: Mapping[str, bytes]
-    best: Best = field(default_factory=Best)
+    best: Best
     evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last evaluation, and what it found
     saved: int = -1
     failed_saves: int = 0
@@ -121,14 +122,11 @@ class Trainer:
         step = self.learner.step
         if self.saved == step:
             return
-        found = self.evaluated[1] if self.evaluated[0] == step else {}
-        metric = found.get(self.evaluation.metric)
         with self.meter.pause():
             begin = time.perf_counter()
             try:
-                self.checkpointer.save(
-                    step, self.learner.tensors(), self.state(found), self.files, metric=metric, epoch_end=epoch_end
-                )
+                facts = self.facts_of(step, epoch_end)
+                self.checkpointer.save(step, self.learner.tensors(), self.state(), self.files, facts=facts)
             except SaveFailed as error:
                 self.failed_saves += 1
                 if last or self.failed_saves >= SAVE_ATTEMPTS:
@@ -137,16 +135,30 @@ class Trainer:
                 return
         self.failed_saves, self.saved = 0, step
         self.trackers.note(f"saved step {step} in {time.perf_counter() - begin:.2f} s")
+        self.tell_what_was_found()
 
-    def state(self, found: Mapping[str, float]) -> dict[str, Any]:
-        """What a checkpoint says beside its tensors, as JSON."""
-        step = self.learner.step
+    def tell_what_was_found(self) -> None:
+        """Pass on what the checkpointer has to say to a person."""
+        while self.checkpointer.notes:
+            self.trackers.note(self.checkpointer.notes.pop(0))
+
+    def facts_of(self, step: int, epoch_end: bool) -> dict[str, Any]:
+        """What is said of a checkpoint without opening it. The metric is that of an evaluation at this very step."""
+        found = self.evaluated[1] if self.evaluated[0] == step else {}
+        finite = {name: value for name, value in found.items() if math.isfinite(value)}
+        return {
+            "metric": finite.get(self.evaluation.metric) if self.counts(step) else None,
+            "val_loss": finite.get("val_loss"),
+            "epoch": self.epoch(step),
+            "epoch_end": epoch_end,
+            "tokens": step * self.meter.tokens_per_step,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a run goes on from beside the tensors, as JSON."""
         return {
             "learner": self.learner.state(),
             "best": self.best.state_dict(),
-            "metrics": dict(found),
-            "epoch": self.epoch(step),
-            "tokens": step * self.meter.tokens_per_step,
             "seconds": self.meter.seconds,
             **self.facts,
         }

@@ -4,25 +4,22 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
-from trainkit import build, hardware, run as runs
-from trainkit.checkpoint import load
-from trainkit.checkpoint.find import resolve
+from trainkit import build, hardware
+from trainkit import run as runs
+from trainkit.checkpoint import BadCheckpoint, Loaded, find, load
 from trainkit.data import tokenizers
-from trainkit.errors import UserError
+from trainkit.errors import DamagedError, UserError
+from trainkit.launch import policy
 from trainkit.learner import load_model
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
-from trainkit.tasks.generate import generate as generate_tokens
+from trainkit.sampling import stream
 
 
 def evaluate(which: str, overrides: list[str], root: Path, *, as_json: bool) -> None:
     """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`."""
-    path = resolve(which, root)
-    loaded = load(path)
-    own = _run(loaded.files, path)
-    run = runs.changed(own, overrides)
+    loaded, own = _opened(which, root)
+    run = runs.saved(own.yaml(), overrides, free=("data",))
     build.check(run)
     with bytes_bar() as report:
         corpus = run.data.open(report)
@@ -42,9 +39,9 @@ def evaluate(which: str, overrides: list[str], root: Path, *, as_json: bool) -> 
     finally:
         learner.loader.close()
     if as_json:
-        print(json.dumps({"run": own.name, "step": loaded.step, "path": str(path), **found}))
+        print(json.dumps({"run": own.name, "step": loaded.step, "path": str(loaded.path), **found}))
     else:
-        print(f"{own.name} step {loaded.step} on {corpus.validation.tokens:,} validation tokens of {corpus.name}")
+        print(f"{own.name} step {loaded.step} on {corpus.validation_tokens:,} validation tokens of {corpus.name}")
         for name, value in found.items():
             print(f"  {name.removeprefix('val_').replace('_', ' '):15} {value:.4f}")
 
@@ -61,9 +58,7 @@ def generate(
     root: Path,
 ) -> None:
     """Write the prompt and what the model goes on with to stdout, as it comes."""
-    path = resolve(which, root)
-    loaded = load(path)
-    run = _run(loaded.files, path)
+    loaded, run = _opened(which, root)
     tokenizer = tokenizers.load(loaded.files["tokenizer.json"])
     place = hardware.choose(device)
     model = run.task.build(run.model.build()).to(place)
@@ -73,7 +68,7 @@ def generate(
         model,
         tokenizer,
         prompt,
-        tokens,
+        tokens=tokens,
         context=run.model.context,
         temperature=temperature,
         top_k=top_k,
@@ -84,3 +79,13 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _opened(which: str, root: Path) -> tuple[Loaded, Run]:
+    """The checkpoint that `which` names, and the run that it carries."""
+    path = find.resolve(which, root, policy)
+    try:
+        loaded = load(path)
+    except BadCheckpoint as error:
+        raise DamagedError(f"{path} is not good: {error}; `trainkit list-checkpoints` shows which are") from error
+    return loaded, runs.saved(loaded.files[runs.FILE].decode())

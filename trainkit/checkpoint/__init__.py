@@ -78,7 +78,9 @@ class Checkpointer:
             sync_folder(probe)
             shutil.rmtree(probe)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another disk with --runs") from error
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror}): choose another disk with --runs"
+            ) from error
         room = shutil.disk_usage(self.folder).free
         there = sum(manifest.bytes for _, manifest in self._good())
         needed = (self._policy.keep + self._policy.keep_best + 1) * expected_bytes - there
@@ -95,17 +97,16 @@ class Checkpointer:
         state: Mapping[str, Any],
         carried: Mapping[str, bytes],
         *,
-        metric: float | None,
-        epoch_end: bool,
+        facts: Mapping[str, Any],
     ) -> Path:
         """Save a checkpoint, durably and verified, and only then remove what no tier keeps.
 
-        A folder of that step that is not a good checkpoint is set aside first.
+        `facts` is what retention and lists know of it: `metric` (of an evaluation at this step, or None), `epoch_end`,
+        `epoch`, `val_loss`. A folder that has that step's name already is set aside first.
 
         Raises:
             SaveFailed: the disk refused it, or it is not what was written; older ones are untouched.
         """
-        facts = {"metric": metric, "epoch_end": epoch_end, "epoch": state["epoch"], "val_loss": state["val_loss"]}
         try:
             final = self.folder / store.step_name(step)
             if final.exists():
@@ -145,6 +146,21 @@ class Checkpointer:
             )
         return None
 
+    def load(self, path: Path) -> Loaded:
+        """That very checkpoint of this run; newer ones are set aside, because the run goes on from here.
+
+        Raises:
+            DamagedError: it is not good.
+        """
+        try:
+            found = load(path)
+        except BadCheckpoint as error:
+            raise DamagedError(f"{path} is not good: {error}") from error
+        for newer in _checkpoints(self.folder):
+            if (store.step_of(newer.name) or 0) > found.step:
+                self._set_aside(newer, f"the run went back to step {found.step}")
+        return found
+
     def _prune(self) -> None:
         """Remove what no tier keeps: first its name, durably, so that half of one is never found."""
         good = {manifest.step: (path, manifest) for path, manifest in self._good()}
@@ -182,7 +198,7 @@ class Checkpointer:
             aside = path.with_name(f"{store.BAD}{path.name}.{number}")
         path.rename(aside)
         sync_folder(self.folder)
-        self.notes.append(f"warning: {path.name} is not good ({why}): set aside as {aside.name}, using an older one")
+        self.notes.append(f"warning: {path.name} was set aside as {aside.name}: {why}")
 
 
 def tiers_of(manifests: list[Manifest], policy: Checkpoint, higher_is_better: bool) -> dict[int, list[str]]:

@@ -30,7 +30,9 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise UserError(f"{self._path.parent} cannot be written: {error.strerror}; choose another --runs") from error
+            raise UserError(
+                f"{self._path.parent} cannot be written: {error.strerror}; choose another --runs"
+            ) from error
         self._made = made
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

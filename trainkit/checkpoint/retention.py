@@ -14,9 +14,7 @@ class Kept:
     epoch_end: bool
 
 
-def tiers(
-    saved: Sequence[Kept], *, keep: int, epochs: bool, best: int, higher_is_better: bool
-) -> dict[int, list[str]]:
+def tiers(saved: Sequence[Kept], *, keep: int, epochs: bool, best: int, higher_is_better: bool) -> dict[int, list[str]]:
     """The tiers of every step, in the order latest, backup, best, epoch, rolling.
 
     `latest` and `backup` are the newest two, `best` the `best` best by metric (NaN is never one, and of equal ones the

@@ -1,10 +1,10 @@
 """One checkpoint: written so that it is there whole or not at all, read so that nothing else passes for it.
 
-    step-0000001000/
-      shard-00000-of-00001.safetensors   all tensors
-      train_state.json                   all else that a run goes on from
-      run.yaml, tokenizer.json, ...      files carried along, so that the folder can be used alone
-      manifest.json                      size and hash of every file, and its own
+step-0000001000/
+  shard-00000-of-00001.safetensors   all tensors
+  train_state.json                   all else that a run goes on from
+  run.yaml, tokenizer.json, ...      files carried along, so that the folder can be used alone
+  manifest.json                      size and hash of every file, and its own
 """
 
 import os

@@ -123,11 +123,15 @@ class Mixture(Rows):
 
     def __post_init__(self) -> None:
         if len(self.sources) < 2:
-            raise ValueError("data=mixture needs two sources or more: data.sources.NAME.path=... data.sources.NAME.weight=...")
+            raise ValueError(
+                "data=mixture needs two sources or more: data.sources.NAME.path=... data.sources.NAME.weight=..."
+            )
         if any(source.path is None for source in self.sources.values()):
             raise ValueError("every source of a mixture needs a path: data.sources.NAME.path=...")
         if self.tokenizer.kind == "bpe":
-            raise ValueError("a mixture cannot train one bpe for all its sources: prepare them with one tokenizer first")
+            raise ValueError(
+                "a mixture cannot train one bpe for all its sources: prepare them with one tokenizer first"
+            )
 
     def vocab(self) -> int | None:
         """How many ids the tokenizer has."""

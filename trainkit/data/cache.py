@@ -24,7 +24,9 @@ def folder() -> Path:
     return Path(os.environ.get("TRAINKIT_CACHE") or Path.home() / ".cache" / "trainkit")
 
 
-def prepared(source: str, tokenizer: TokenizerConfig, *, field: str, validation: float, report: Report | None) -> Corpus:
+def prepared(
+    source: str, tokenizer: TokenizerConfig, *, field: str, validation: float, report: Report | None
+) -> Corpus:
     """The corpus of a source, prepared now unless it is kept already.
 
     Raises:
@@ -41,7 +43,9 @@ def prepared(source: str, tokenizer: TokenizerConfig, *, field: str, validation:
             work = plan([source], tokenizer, field=field, validation=validation, content=key)
             prepare(work, tokenizer, kept, report=report)
     except OSError as error:
-        raise UserError(f"the cache {root} cannot be used ({error.strerror}): set TRAINKIT_CACHE to a folder") from error
+        raise UserError(
+            f"the cache {root} cannot be used ({error.strerror}): set TRAINKIT_CACHE to a folder"
+        ) from error
     return open_corpus(kept, source.removeprefix("builtin:"))
 
 

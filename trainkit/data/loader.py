@@ -91,7 +91,9 @@ class Loader:
     ) -> None:
         if batch % ranks.size:
             near = [n for n in (batch // ranks.size * ranks.size, -(-batch // ranks.size) * ranks.size) if n]
-            raise UserError(f"data.batch={batch} rows do not divide over {ranks.size} ranks: use {near[0]} or {near[-1]}")
+            raise UserError(
+                f"data.batch={batch} rows do not divide over {ranks.size} ranks: use {near[0]} or {near[-1]}"
+            )
         for name, rows in (("training", train), ("validation", validation)):
             for split, size in zip(rows.splits, rows.sizes, strict=True):
                 if size < 1:
@@ -99,7 +101,7 @@ class Loader:
                         f"the {name} split has {split.tokens} tokens, which is no row of {rows.length}: "
                         f"use more text, a smaller data.length or another data.validation"
                     )
-        self._train, self._validation, self._batch, self._workers = train, validation, batch, workers
+        self._train, self._validation, self.batch, self._workers = train, validation, batch, workers
         self._ranks, self._device = ranks, device
         self._steps = _Steps(train, batch, ranks.rank, ranks.size)
         self._coming: Iterator[dict[str, Tensor]] | None = None
@@ -117,17 +119,17 @@ class Loader:
 
     def validation(self, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """The validation rows in order, `limit` global batches of them at most; the last one is filled with empty rows."""
-        rows, mine = self._validation, self._batch // self._ranks.size
+        rows, mine = self._validation, self.batch // self._ranks.size
         ids = np.concatenate([np.arange(n) | (s << SOURCE_BITS) for s, n in enumerate(rows.sizes)])
-        batches = -(-len(ids) // self._batch)
+        batches = -(-len(ids) // self.batch)
         for i in range(batches if limit is None else min(limit, batches)):
-            begin = i * self._batch + self._ranks.rank * mine
+            begin = i * self.batch + self._ranks.rank * mine
             here = ids[begin : begin + mine]
             yield self._moved(rows.batch(np.pad(here, (0, mine - len(here)), constant_values=-1)))
 
     def epoch(self, step: int) -> float:
         """How often all samples have been seen after `step` updates."""
-        return step * self._batch / sum(self._train.sizes)
+        return step * self.batch / sum(self._train.sizes)
 
     def close(self) -> None:
         """End the workers."""

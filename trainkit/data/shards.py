@@ -100,7 +100,9 @@ def open_corpus(folder: Path, name: str | None = None) -> Corpus:
         index = json.loads((folder / INDEX).read_bytes())
         saved = (folder / TOKENIZER).read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no token shards: make them with trainkit prepare SOURCE --out {folder}") from error
+        raise UserError(
+            f"{folder} holds no token shards: make them with trainkit prepare SOURCE --out {folder}"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/{INDEX} cannot be read: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:

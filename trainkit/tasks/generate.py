@@ -53,7 +53,9 @@ def _caches(model: nn.Module) -> list[Cache]:
     return [Cache() for _ in model.backbone.blocks]  # type: ignore[union-attr]  # a task's model has a backbone of blocks
 
 
-def _draw(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
+def _draw(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
     if temperature == 0:
         return int(logits.argmax())
     logits = logits / temperature
