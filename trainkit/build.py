@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainkit import hardware
+from trainkit import hardware, versions
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded
 from trainkit.checkpoint.lock import RunLock
@@ -79,7 +79,7 @@ def trainer(run: Run, folder: Path, *, start: Path | None = None, report: Report
         corpus = run.data.open(report)
         it = learner(run, corpus, joined)
         checkpointer = run.checkpoint.build(
-            folder, higher_is_better=run.evaluation.higher_is_better, versions=hardware.versions()
+            folder, higher_is_better=run.evaluation.higher_is_better, versions=versions.installed()
         )
         checkpointer.preflight(_checkpoint_bytes(it))
         runs.claim(folder, run)
@@ -110,6 +110,7 @@ def trainer(run: Run, folder: Path, *, start: Path | None = None, report: Report
         try:
             yield made
         finally:
+            trackers.close(made.status)
             it.loader.close()
 
 

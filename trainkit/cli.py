@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trainkit.choices import ANY_OF_SEVERAL, choices
-from trainkit.errors import FAILED, MISTAKE, nearest
+from trainkit.errors import DONE, FAILED, MISTAKE
 
 app = typer.Typer(
     name="trainkit",
@@ -158,10 +158,8 @@ def _leave(code: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb and leave with its exit code: see `trainkit.errors`."""
-    from trainkit.hardware import check_versions
-
     try:
-        check_versions()
+        versions.check()
         code = app(arguments, standalone_mode=False)
     except BaseException as error:
         if os.environ.get("TRAINKIT_DEBUG") and not isinstance(error, SystemExit):
@@ -169,21 +167,15 @@ def main(arguments: list[str] | None = None) -> None:
         code, line = _said(error)
         if line:
             print(f"trainkit: {line}", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(code or DONE)
 
 
 def _said(error: BaseException) -> tuple[int, str]:
     """The exit code of an error and the line that a person reads."""
     from click import ClickException, exceptions
 
-    if isinstance(error, exceptions.NoSuchOption | exceptions.UsageError):
-        words = error.format_message().rstrip(".")
-        unknown = words.removeprefix("No such command '").removesuffix("'")
-        if unknown != words:
-            words = f"no such verb '{unknown}'{nearest(unknown, [c.name or c.callback.__name__ for c in app.registered_commands])}"
-        return MISTAKE, words
     if isinstance(error, ClickException):
-        return MISTAKE, error.format_message()
+        return MISTAKE, " ".join(error.format_message().split())
     if isinstance(error, KeyboardInterrupt | exceptions.Abort):
         return 130, "left at once: what was saved last is kept"
     if isinstance(error, SystemExit):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from trainkit import atomic, hardware
+from trainkit import atomic, hardware, versions
 from trainkit.data import cache
 from trainkit.errors import UserError
 from trainkit.units import human_bytes
@@ -52,7 +52,7 @@ def report(runs: Path) -> list[Finding]:
 def _software() -> Iterator[Finding]:
     yield Finding("python", platform.python_version(), "ok")
     try:
-        hardware.check_versions()
+        versions.check()
         yield Finding("torch", torch.__version__, "ok")
     except UserError as error:
         yield Finding("torch", torch.__version__, "bad", str(error))

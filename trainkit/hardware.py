@@ -6,30 +6,11 @@ import statistics
 import sys
 import time
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from trainkit import __version__
 from trainkit.errors import UserError
-
-PYTHON, TORCH = (3, 11), (2, 11)
-
-
-def check_versions() -> None:
-    """Refuse a Python or torch that is too old, before anything is imported that would fail in its own words.
-
-    Raises:
-        UserError: with what is needed.
-    """
-    torch_version = metadata.version("torch")
-    if sys.version_info < PYTHON:
-        raise UserError(f"trainkit needs Python {_dotted(PYTHON)} or newer; this is {platform.python_version()}")
-    if tuple(int(n) for n in torch_version.split("+")[0].split(".")[:2]) < TORCH:
-        raise UserError(
-            f"trainkit needs torch {_dotted(TORCH)} or newer; this is {torch_version}: pip install -U torch"
-        )
 
 
 def choose(device: str) -> torch.device:
@@ -87,20 +68,6 @@ def memory_in_use(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def versions() -> dict[str, str]:
-    """What a checkpoint was made with."""
-    return {
-        "trainkit": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-    }
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))

@@ -17,11 +17,7 @@ def train(run: Run, root: Path, *, start: Path | None = None) -> int:
     folder = root / run.name
     with bytes_bar() as report, build.trainer(run, folder, start=start, report=report) as trainer:
         fresh = trainer.learner.step < trainer.stop_at
-        end = "failed"
-        try:
-            end = trainer.fit()
-        finally:
-            trainer.trackers.close(end)
+        end = trainer.fit()
     _say_what_next(run, trainer.learner.step, end, fresh)
     return DONE if end in ("done", "patience") else STOPPED
 

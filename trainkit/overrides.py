@@ -73,7 +73,7 @@ def explain(run: type, error: Any) -> str:
     path, owner, tag = _place(run, error["loc"])
     given = error.get("input")
     match error["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "unexpected_keyword_argument":
             parent, _, key = path.rpartition(".")
             of = f"{parent}={tag}" if tag else (parent or "a run")
             return f"{of} has no '{key}'{nearest(key, _names(owner))}"

@@ -21,7 +21,7 @@ from trainkit.checkpoint import Checkpoint
 from trainkit.choices import CONF
 from trainkit.config import Count, Natural, NonNegative, config, how
 from trainkit.data import Data
-from trainkit.errors import UserError
+from trainkit.errors import UserError, nearest
 from trainkit.evaluation import Evaluation
 from trainkit.memory import Memory
 from trainkit.models import Model
@@ -67,6 +67,10 @@ class Run:
         self.schedule.check(self.steps)
         if self.data.length > self.model.context:
             raise ValueError(f"data.length={self.data.length} is longer than model.context={self.model.context}")
+
+        if self.evaluation.metric not in self.task.metrics:
+            known = nearest(self.evaluation.metric, self.task.metrics)
+            raise ValueError(f"evaluation.metric={self.evaluation.metric} is not measured by {self.task.kind}{known}")
 
     def what(self) -> dict[str, Any]:
         """The values that decide what is learned, by dotted key."""

@@ -39,6 +39,7 @@ class Trainer:
     evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last evaluation, and what it found
     saved: int = -1
     failed_saves: int = 0
+    status: str = "failed"  # until `fit` knows better
 
     def restore(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's content, in place."""
@@ -59,6 +60,7 @@ class Trainer:
             while (end := self.end()) is None:
                 self.one_step()
             self.save(last=True)
+        self.status = end
         return end
 
     def end(self) -> str | None:

@@ -5,7 +5,7 @@ B rows, T positions, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from trainkit.tasks.loss import IGNORED, summed_loss
 class CausalLM:
     """Next-token prediction (Radford et al. 2018)."""
 
+    metrics: ClassVar[tuple[str, ...]] = ("val_loss", "val_perplexity", "val_bits_per_byte")
     kind: Literal["causal_lm"] = "causal_lm"
 
     def build(self, backbone: nn.Module) -> "LanguageModel":
