@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 
 ROOT = Path(trainkit.__file__).parent
 FLOORS = [
-    {"config", "errors", "units", "choices", "atomic", "versions"},
+    {"config", "errors", "units", "choices", "atomic"},
     {
         "models",
         "data",
@@ -32,12 +32,13 @@ FLOORS = [
         "throughput",
         "progress",
         "overrides",
+        "versions",
     },
     {"tasks", "checkpoint"},
     {"learner"},
     {"trainer"},
     {"run"},
-    {"build", "launch", "use", "show", "doctor", "sampling"},
+    {"build", "launch", "use", "show", "doctor", "sampling", "prepare"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -1,7 +1,7 @@
 """What is learned does not depend on how it is done."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,7 +92,7 @@ def test_early_stopping_goes_on_where_it_was(trained: Callable[..., build.Traine
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], None]]:
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], None]:
     def at(step: int, what: str) -> None:
         real = Learner.clip_gradients
 
@@ -103,7 +103,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], Non
 
         monkeypatch.setattr(Learner, "clip_gradients", poisoned)
 
-    yield at
+    return at
 
 
 @pytest.mark.parametrize("what", ["nan", "inf"])
@@ -114,7 +114,7 @@ def test_a_bad_step_is_not_trained_on(
     before = trained(f"optimizer={optimizer}", "stop_at=4", name="before")
     ids = before.learner.loader.at(4)["ids"].tolist()
     poison(4, what)
-    with pytest.raises(DivergedError, match="step 5: .*not finite") as stopped:
+    with pytest.raises(DivergedError, match=r"step 5: .*not finite") as stopped:
         trained(f"optimizer={optimizer}", name="bad")
     assert str(ids) in str(stopped.value)
     kept = Path("runs/bad/checkpoints/step-0000000004")

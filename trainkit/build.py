@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainkit import hardware, versions
+from trainkit import hardware, randomness, versions
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded
 from trainkit.checkpoint.lock import RunLock
@@ -42,7 +42,7 @@ def ranks(run: Run) -> Ranks:
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     """All that learns, and nothing that writes: enough for tests and benchmarks."""
     _refuse_small_vocabulary(corpus.vocab, run)
-    torch.manual_seed(run.seed)
+    randomness.seed_all(run.seed)
     model = run.task.build(run.model.build()).to(ranks.device)
     model = run.precision.apply(model, ranks.device)
     model = run.memory.apply(model)  # over whole blocks, before anything else wraps them

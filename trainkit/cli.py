@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trainkit import __version__, versions
 from trainkit.choices import ANY_OF_SEVERAL, choices
 from trainkit.errors import DONE, FAILED, MISTAKE
 
@@ -36,8 +37,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RUNS = Path("runs")
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"trainkit {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _trainkit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if debug:
@@ -101,15 +111,15 @@ def prepare(
     sources: Annotated[list[str], typer.Argument(help="Files or folders of text, JSONL or Parquet, or hf:NAME.")],
     out: Annotated[Path, typer.Option(help="The folder to write the token shards to.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, bpe, gpt2, cl100k, o200k or a tokenizer.json.")] = "bytes",
-    vocab: Annotated[int | None, typer.Option(help="Vocabulary of a bpe to train.")] = None,
+    vocab: Annotated[int, typer.Option(min=257, help="Vocabulary of a bpe to train.")] = 4096,
     validation: Annotated[float, typer.Option(help="Fraction of the documents held out.")] = 0.05,
     field: Annotated[str, typer.Option(help="The JSONL field or Parquet column that holds the text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
 ) -> None:
     """Tokenize and pack text into token shards. Killed in the middle, the same command goes on."""
-    from trainkit import preparing
+    from trainkit.prepare import prepare as write
 
-    preparing.prepare(sources, out, tokenizer, vocab, validation, field, workers)
+    write(sources, out, tokenizer, vocab, validation, field, workers)
 
 
 @app.command()

@@ -19,6 +19,13 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seed_all(seed: int) -> None:
+    """Begin Python's, NumPy's and torch's generators anew."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
 def state() -> dict[str, Tensor]:
     """The state of Python's, NumPy's, torch's and each CUDA device's generator."""
     _, words, gauss = random.getstate()

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainkit.checkpoint import FOLDER, Checkpoint, store, tiers_of
 from trainkit.checkpoint.manifest import BadCheckpoint, Manifest
-from trainkit.errors import UserError, nearest
+from trainkit.errors import DamagedError, UserError, nearest
 
 Policy = Callable[[Path], tuple[Checkpoint, bool]]  # a run's folder to its policy and whether higher is better
 
@@ -71,6 +71,7 @@ def resolve(where: str, root: Path, policy: Policy) -> Path:
 def _of_run(folder: Path, which: str, policy: Policy) -> Path:
     good = _good(folder)
     if not good:
+        refuse_damaged([folder])
         raise UserError(f"the run {folder.name} has no checkpoint: looked in {folder / FOLDER}")
     if which == "latest":
         return good[-1][0]
@@ -89,6 +90,16 @@ def _of_run(folder: Path, which: str, policy: Policy) -> Path:
     return found[0]
 
 
+def refuse_damaged(folders: list[Path]) -> None:
+    """Raise DamagedError when runs that have no good checkpoint have some that are not good."""
+    bad = [p for folder in folders for p in (folder / FOLDER).iterdir() if p.name.startswith((store.BAD, "step-"))]
+    if bad:
+        raise DamagedError(
+            f"no checkpoint in {', '.join(str(f / FOLDER) for f in folders)} is good: looked at "
+            f"{', '.join(sorted(p.name for p in bad))}; restore one from a copy, or train under another name"
+        )
+
+
 def _newest_run(root: Path) -> Path:
     newest: tuple[float, Path] | None = None
     for name in _runs(root):
@@ -96,6 +107,7 @@ def _newest_run(root: Path) -> Path:
         if good and (newest is None or good[-1][1].time > newest[0]):
             newest = good[-1][1].time, root / name
     if newest is None:
+        refuse_damaged([root / name for name in _runs(root)])
         looked = ", ".join(_runs(root)) or "no runs"
         raise UserError(f"there is no checkpoint in {root} (it holds {looked}): start a run with `trainkit train`")
     return newest[1]

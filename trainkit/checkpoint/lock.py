@@ -25,7 +25,7 @@ class RunLock:
         self._path = folder / NAME
 
     def __enter__(self) -> "RunLock":
-        made = not self._path.parent.exists()
+        self._made = [p for p in (self._path.parent, *self._path.parent.parents) if not p.exists()]
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -33,7 +33,6 @@ class RunLock:
             raise UserError(
                 f"{self._path.parent} cannot be written: {error.strerror}; choose another --runs"
             ) from error
-        self._made = made
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -52,8 +51,9 @@ class RunLock:
     ) -> None:
         if self._made and error is not None and {p.name for p in self._path.parent.iterdir()} == {NAME}:
             self._path.unlink()  # a mistake that was found before anything was done leaves no folder behind
-            with contextlib.suppress(OSError):
-                self._path.parent.rmdir()
+            with contextlib.suppress(OSError):  # another process may be in it by now
+                for folder in self._made:
+                    folder.rmdir()
         os.close(self._descriptor)
 
     def _holder(self) -> str:
