@@ -56,7 +56,12 @@ def resume(folder: str) -> dict[str, object]:
     again = it.load_latest()
     assert again is not None
     left = sorted(p.name for p in (Path(folder) / "checkpoints").iterdir())
-    return {"step": found.step, "whole": whole and found.state == {"step": found.step}, "next": again.step, "left": left}
+    return {
+        "step": found.step,
+        "whole": whole and found.state == {"step": found.step},
+        "next": again.step,
+        "left": left,
+    }
 
 
 def main() -> None:

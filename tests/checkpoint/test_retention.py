@@ -1,0 +1,105 @@
+"""Which checkpoints stay, against the words of the documentation taken one by one."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.checkpoint.test_store import save, saver
+from trainkit.checkpoint.lock import RunLock
+from trainkit.checkpoint.retention import Kept, tiers
+from trainkit.errors import UserError
+
+metrics = st.none() | st.floats(-3, 3) | st.just(math.nan)
+checkpoints = st.dictionaries(st.integers(1, 40), st.tuples(metrics, st.booleans()), min_size=1).map(
+    lambda found: [Kept(step, metric, end) for step, (metric, end) in sorted(found.items())]
+)
+
+
+@given(checkpoints, st.integers(2, 5), st.booleans(), st.integers(0, 3), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_tiers(saved: list[Kept], keep: int, epochs: bool, best: int, higher: bool) -> None:
+    belongs = tiers(saved, keep=keep, epochs=epochs, best=best, higher_is_better=higher)
+    steps = sorted(k.step for k in saved)
+    assert set(belongs) == set(steps)
+    for kept in saved:
+        its = belongs[kept.step]
+        newer = sum(step > kept.step for step in steps)
+        assert ("latest" in its) == (newer == 0)
+        assert ("backup" in its) == (newer == 1)
+        assert ("rolling" in its) == (newer < keep)
+        assert ("epoch" in its) == (epochs and kept.epoch_end)
+        measured = kept.metric is not None and not math.isnan(kept.metric)
+        ahead = 0
+        for other in saved:
+            if other.metric is None or math.isnan(other.metric) or not measured or other is kept:
+                continue
+            assert kept.metric is not None
+            better = other.metric > kept.metric if higher else other.metric < kept.metric
+            ahead += better or (other.metric == kept.metric and other.step < kept.step)
+        assert ("best" in its) == (measured and ahead < best)
+
+
+def test_what_no_tier_keeps_is_removed() -> None:
+    it = saver(keep=2, keep_best=1, keep_epochs=True)
+    for step, metric, end in [(1, 3.0, False), (2, 1.0, False), (3, 2.0, True), (4, None, False), (5, 2.0, False)]:
+        save(it, step, metric=metric, epoch_end=end)
+    assert sorted(p.name for p in it.folder.iterdir()) == [f"step-{s:010d}" for s in (2, 3, 4, 5)]
+
+
+def test_a_removal_that_fails_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    it = saver(keep=2, keep_best=0)
+    save(it, 1)
+    save(it, 2)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as stubborn:
+        stubborn.setattr(shutil, "rmtree", refuse)
+        save(it, 3)
+    assert "could not be removed: Permission denied" in it.notes[0]
+    saver(keep=2, keep_best=0)
+    assert sorted(p.name for p in it.folder.iterdir()) == ["step-0000000002", "step-0000000003"]
+
+
+def test_the_lock_is_held_by_one_of_eight() -> None:
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from trainkit.checkpoint.lock import RunLock; from trainkit.errors import UserError\n"
+        "while time.time() < float(sys.argv[1]): pass\n"
+        "try:\n with RunLock(Path('run')): print('held'); sys.stdout.flush(); time.sleep(2)\n"
+        "except UserError as error: print(error)\n"
+    )
+    at = str(time.time() + 12)
+    command = [sys.executable, "-c", code, at]
+    starters = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    said = [starter.communicate()[0].strip() for starter in starters]
+    assert said.count("held") == 1
+    assert sum("the run run is in use by" in words for words in said) == 7
+
+
+def test_the_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
+    with RunLock(Path("run")), pytest.raises(UserError, match=f"the run run is in use by process {os.getpid()} on "):
+        RunLock(Path("run")).__enter__()
+    with RunLock(Path("run")):
+        pass
+
+
+def test_a_mistake_leaves_no_folder_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError), RunLock(Path("new/run")):
+        raise UserError("found early")
+    assert not Path("new").exists()
+    Path("new/run").mkdir(parents=True)
+    with pytest.raises(UserError), RunLock(Path("new/run")):
+        raise UserError("found in a folder that was there")
+    Path("new/run/run.yaml").touch()
+    assert Path("new/run/run.yaml").exists()
