@@ -39,7 +39,7 @@ def operands(dtype: torch.dtype, vocab: int = 7000) -> tuple[Tensor, Tensor, Ten
 @pytest.mark.parametrize("vocab", [50, 7000])
 @pytest.mark.parametrize(("whole", "chunk"), [(1 << 22, 1), (0, 1 << 25), (0, 7 * 7000), (0, 1)])
 def test_the_loss_and_its_gradients_are_those_of_torch(
-    vocab: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+    vocab: int, whole: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "WHOLE", whole)
     monkeypatch.setattr(loss, "CHUNK", chunk)
