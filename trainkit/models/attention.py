@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainkit.config import Count, config
+from trainkit.models.layers import Linear
 from trainkit.models.positions import rotate
 
 
@@ -61,13 +62,14 @@ class Cache:
 
 
 class AttentionMixer(nn.Module):
-    """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` (B or 1, 1, T, S) bool, true where a query may look; None is causal."""
+    """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` (B or 1, 1, T, S) bool, true where a query may look; None is causal,
+    and for a single new position everything before it."""
 
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
         self.heads, self.groups, self.k = cfg.shape(width)
-        self.qkv = nn.Linear(width, (self.heads + 2 * self.groups) * self.k, bias=bias)
-        self.out = nn.Linear(self.heads * self.k, width, bias=bias)
+        self.qkv = Linear(width, (self.heads + 2 * self.groups) * self.k, bias=bias)
+        self.out = Linear(self.heads * self.k, width, bias=bias)
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.dropout = dropout
@@ -83,14 +85,17 @@ class AttentionMixer(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(k, v)
+        shared = self.groups != self.heads
+        if shared and mask is not None:  # with a mask, CUDA's fused kernels want a key head for each query head
+            k, v = (p.repeat_interleave(self.heads // self.groups, 1) for p in (k, v))
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and x.shape[1] > 1,
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.groups != self.heads,
+            enable_gqa=shared and mask is None,
         )
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -98,12 +103,11 @@ class AttentionMixer(nn.Module):
 def attention_mask(
     documents: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """Who sees whom: (B or 1, 1, queries, keys) bool, or None where plain causal attention says the same.
+    """Who sees whom: (B or 1, 1, queries, keys) bool, or None where plain causal attention or one query says the same.
 
     The queries are the last of the keys' positions. `documents` (B, T) int: positions of one document see each other.
     """
-    causal_is_enough = documents is None and (window is None or window >= keys) and queries == keys
-    if causal_is_enough:
+    if documents is None and (window is None or window >= keys) and queries in (1, keys):
         return None
     key = torch.arange(keys, device=device)
     query = key[keys - queries :, None]

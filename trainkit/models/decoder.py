@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainkit.config import Count, Fraction, Positive, config
 from trainkit.models.attention import Attention, AttentionMixer, Cache, attention_mask
+from trainkit.models.layers import Embedding, Linear
 from trainkit.models.mlp import MLP, MLPBlock
 from trainkit.models.positions import positions_in, rope_tables
 
@@ -86,7 +87,8 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """`forward(tokens_BT, documents_BT=None) -> hidden_BTD`, after the last norm.
+    """`forward(tokens_BT, documents_BT=None) -> hidden_BTD`, after the last norm. It has no weights before `init_weights`,
+    which may be called once a backbone made on the meta device has memory.
 
     `documents` (B, T) int, non-decreasing along a row, says which document a position belongs to: documents do not see
     each other and positions restart in each. None: every row is one document.
@@ -95,12 +97,12 @@ class Backbone(nn.Module):
     def __init__(self, cfg: Decoder) -> None:
         super().__init__()
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab, cfg.width)
-        self.position = nn.Embedding(cfg.context, cfg.width) if cfg.position == "learned" else None
+        self.embed = Embedding(cfg.vocab, cfg.width)
+        self.position = Embedding(cfg.context, cfg.width) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = _norm(cfg)
-        self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
+        self.head = None if cfg.tied else Linear(cfg.width, cfg.vocab, bias=False)
 
     @property
     def unembed(self) -> Tensor:
@@ -126,11 +128,9 @@ class Backbone(nn.Module):
         self, tokens: Tensor, documents: Tensor | None = None, caches: Sequence[Cache] | None = None, seen: int = 0
     ) -> Tensor:
         """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them."""
-        cfg, length = self.cfg, tokens.shape[1]
-        if documents is None:
-            positions = torch.arange(seen, seen + length, device=tokens.device)
-        else:
-            positions = positions_in(documents)
+        cfg, length, device = self.cfg, tokens.shape[1], tokens.device
+        whole = torch.arange(seen, seen + length, device=device)
+        positions = whole if documents is None else positions_in(documents)
         x = self.embed(tokens)
         rope = None
         if self.position is not None:
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
             _, _, k = cfg.attention.shape(cfg.width)
             rope = rope_tables(positions, k, cfg.rope_theta, x.dtype)
         x = self.dropout(x)
-        mask = attention_mask(documents, length, seen + length, cfg.attention.window, tokens.device)
+        mask = attention_mask(documents, length, seen + length, cfg.attention.window, device)
         for i, block in enumerate(self.blocks):
             x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)
         return self.norm(x)

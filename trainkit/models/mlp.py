@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainkit.config import Count, config
+from trainkit.models.layers import Linear
 
 GATED = ("swiglu", "geglu")
 
@@ -38,8 +39,8 @@ class MLPBlock(nn.Module):
         super().__init__()
         hidden = cfg.width(width)
         self.activation = cfg.activation
-        self.into = nn.Linear(width, hidden * (2 if cfg.activation in GATED else 1), bias=bias)
-        self.out = nn.Linear(hidden, width, bias=bias)
+        self.into = Linear(width, hidden * (2 if cfg.activation in GATED else 1), bias=bias)
+        self.out = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(activate(self.into(x), self.activation))

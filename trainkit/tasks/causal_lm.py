@@ -4,7 +4,7 @@ B rows, T positions, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ class CausalLM:
     metrics: ClassVar[tuple[str, ...]] = ("val_loss", "val_perplexity", "val_bits_per_byte")
     kind: Literal["causal_lm"] = "causal_lm"
 
-    def build(self, backbone: nn.Module) -> "LanguageModel":
+    def build(self, backbone: nn.Module) -> nn.Module:
         """The model whose forward this task calls."""
         return LanguageModel(backbone)
 
@@ -52,7 +52,10 @@ class CausalLM:
     def evaluate(
         self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, ranks: Any, stop: Callable[[], bool]
     ) -> dict[str, float] | None:
-        """Loss (nats a token), perplexity and bits per byte of the batches; None when `stop()` says so in between."""
+        """Loss (nats a token), perplexity and bits per byte of the batches; None when `stop()` says so in between.
+
+        Without a single label there is nothing to measure: all are NaN.
+        """
         training = model.training
         model.eval()
         try:
@@ -65,28 +68,39 @@ class CausalLM:
         finally:
             model.train(training)
         nats, tokens, size = ranks.sum(sums).tolist()
-        loss_per_token = nats / max(tokens, 1)
+        loss_per_token = nats / tokens if tokens else math.nan
         return {
             "val_loss": loss_per_token,
             "val_perplexity": math.exp(min(loss_per_token, 700)),
-            "val_bits_per_byte": nats / math.log(2) / max(size, 1),
+            "val_bits_per_byte": nats / math.log(2) / size if size else math.nan,
         }
 
 
 class LanguageModel(nn.Module):
-    """`forward(tokens_BT, labels_BT, documents_BT=None)` is the sum of the losses; without labels it is the logits."""
+    """`forward(tokens_BT, labels_BT, documents_BT=None)` is the sum of the losses; without labels it is the logits BTV.
+
+    With `caches`, one a block, the rows go on from the `seen` positions in them, and only the last position's logits
+    B1V are made: a step of generation.
+    """
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, documents: Tensor | None = None, **cached: Any
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+        caches: Sequence[Any] | None = None,
+        seen: int = 0,
     ) -> Tensor:
-        hidden = self.backbone(tokens, documents, **cached)
-        if labels is None:
-            return F.linear(hidden, self.backbone.unembed)
-        return summed_loss(hidden, self.backbone.unembed, labels)
+        if caches is not None:
+            hidden = self.backbone(tokens, documents, caches=caches, seen=seen)[:, -1:]
+        else:
+            hidden = self.backbone(tokens, documents)
+        unembed: Tensor = self.backbone.unembed  # type: ignore[assignment]  # a backbone's (V, D) head
+        return F.linear(hidden, unembed) if labels is None else summed_loss(hidden, unembed, labels)
 
 
 def _microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:

@@ -1,8 +1,8 @@
 """The sum of cross-entropies over a vocabulary, from hidden states: N tokens, D model width, V vocabulary.
 
-For a large vocabulary the logits are the largest tensor of a step. Here they are made chunk by chunk, and each chunk's
-gradient is taken while its logits are at hand, so that (N, V) never exists and nothing is computed twice. The idea of
-taking the gradient in the forward pass is Liger's (Hsu et al. 2024, arXiv:2410.10989).
+For a large vocabulary the logits are the largest tensor of a step. Here they are made chunk by chunk in one buffer, and
+each chunk's gradient is taken while its probabilities are at hand, so that (N, V) never exists and nothing is computed
+twice. The idea of taking the gradient in the forward pass is Liger's (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
-SMALL_VOCABULARY = 4096  # up to here whole logits are cheap and one large product is faster (docs/benchmarks/loss.md)
-CHUNK_NUMBERS = 1 << 24  # logits of a chunk: 64 MiB in float32
+WHOLE = 1 << 22  # logits up to here (16 MiB in float32) are made at once: there is little memory to save
+CHUNK = 1 << 25  # logits of a chunk, 128 MiB in float32: smaller ones make the matrix products thin and slow
 
 
 def summed_loss(hidden: Tensor, unembed: Tensor, labels: Tensor) -> Tensor:
@@ -25,53 +25,77 @@ def summed_loss(hidden: Tensor, unembed: Tensor, labels: Tensor) -> Tensor:
         labels: (...) int64.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if unembed.shape[0] <= SMALL_VOCABULARY or not torch.is_grad_enabled():
-        chunk = max(1, CHUNK_NUMBERS // unembed.shape[0])
-        if hidden.shape[0] <= chunk or torch.is_grad_enabled():
-            return _plain(hidden, unembed, labels)
-        pairs = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-        return torch.stack([_plain(h, unembed, y) for h, y in pairs]).sum()
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-    loss: Tensor = _ChunkedLoss.apply(hidden, unembed, labels, dtype or hidden.dtype)
+    if hidden.shape[0] * unembed.shape[0] <= WHOLE:
+        logits = F.linear(hidden, unembed)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    device = hidden.device.type
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if not torch.is_grad_enabled():
+        return _in_chunks(hidden, unembed, labels, dtype, (False, False))[0]
+    loss: Tensor = _ChunkedLoss.apply(hidden, unembed, labels, dtype)
     return loss
 
 
-def _plain(hidden: Tensor, unembed: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(hidden, unembed)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
-
-
 class _ChunkedLoss(torch.autograd.Function):
-    """Matrix products in `dtype`, everything else in at least float32."""
-
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, unembed: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        h, w = hidden.to(dtype), unembed.to(dtype)
-        grad_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device)
-        grad_unembed = torch.zeros(unembed.shape, dtype=wide, device=hidden.device)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        rows = max(1, CHUNK_NUMBERS // unembed.shape[0])
-        for begin in range(0, h.shape[0], rows):
-            here = slice(begin, begin + rows)
-            logits = (h[here] @ w.T).to(wide)
-            valid = labels[here] != IGNORED
-            target = torch.where(valid, labels[here], 0)[:, None]
-            log_normaliser = logits.logsumexp(1, keepdim=True)
-            total += ((log_normaliser - logits.gather(1, target))[:, 0] * valid).sum()
-            grad = logits.sub_(log_normaliser).exp_()
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
-            narrow = grad.mul_(valid[:, None]).to(dtype)
-            grad_hidden[here] = narrow @ w
-            grad_unembed += narrow.T @ h[here]
-        ctx.save_for_backward(grad_hidden, grad_unembed)
+        total, *grads = _in_chunks(hidden, unembed, labels, dtype, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*grads)
         ctx.dtypes = hidden.dtype, unembed.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden, grad_unembed = ctx.saved_tensors
-        upstream = grads[0]
-        return (grad_hidden * upstream).to(ctx.dtypes[0]), (grad_unembed * upstream).to(ctx.dtypes[1]), None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        of_hidden, of_unembed = (
+            None if grad is None else (grad * upstream[0]).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return of_hidden, of_unembed, None, None
+
+
+def _in_chunks(
+    hidden: Tensor, unembed: Tensor, labels: Tensor, dtype: torch.dtype, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradients by `hidden` and by `unembed` where they are wanted.
+
+    Matrix products are in `dtype`, everything else in at least float32: also the gradients, which a float16 scaler has
+    not made large yet. The buffers are written over by every chunk, because on a CPU fresh memory costs more than
+    the arithmetic on it.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    h, w = hidden.to(dtype), unembed.to(dtype)
+    chunks = -(-len(h) * len(w) // CHUNK)
+    rows = max(1, -(-len(h) // chunks))  # equal chunks: a thin last one would be slow
+    total = torch.zeros((), dtype=wide, device=h.device)
+    by_hidden = torch.empty(h.shape, dtype=wide, device=h.device) if wanted[0] else None
+    by_unembed = torch.zeros(w.shape, dtype=wide, device=h.device) if wanted[1] else None
+    buffer = torch.empty(rows, len(w), dtype=wide, device=h.device)
+    narrow_buffer = buffer if dtype == wide else torch.empty(rows, len(w), dtype=dtype, device=h.device)
+    narrow_sum = torch.empty_like(w) if wanted[1] and dtype != wide else None
+    for begin in range(0, len(h), rows):
+        some, y = h[begin : begin + rows], labels[begin : begin + rows, None]
+        wide_chunk, narrow = buffer[: len(some)], narrow_buffer[: len(some)]
+        torch.mm(some, w.T, out=narrow)
+        logits = wide_chunk.copy_(narrow) if dtype != wide else wide_chunk
+        valid = y != IGNORED
+        y = torch.where(valid, y, 0)
+        largest, of_label = logits.amax(1, keepdim=True), logits.gather(1, y)
+        powers = logits.sub_(largest).exp_()
+        normaliser = powers.sum(1, keepdim=True)
+        total += ((normaliser.log() + largest - of_label) * valid).sum()
+        if not any(wanted):
+            continue
+        grad = powers.mul_(valid / normaliser).scatter_add_(1, y, -valid.to(wide))
+        if dtype != wide:
+            narrow.copy_(grad)
+        if by_hidden is not None:
+            by_hidden[begin : begin + rows] = narrow @ w
+        if by_unembed is not None and narrow_sum is None:
+            by_unembed.addmm_(narrow.T, some)
+        elif by_unembed is not None:
+            by_unembed += torch.mm(narrow.T, some, out=narrow_sum)
+    return total, by_hidden, by_unembed
