@@ -51,10 +51,10 @@ def test_cosine_and_linear_are_torchs() -> None:
 
 def test_one_cycle_is_torchs() -> None:
     # torch's first value is the starting one, ours has risen once already; its peak is at step 20, ours too
-    theirs = torchs("OneCycleLR", max_lr=1.0, total_steps=STEPS + 1, pct_start=20 / STEPS, final_div_factor=1e9)
+    theirs = torchs("OneCycleLR", max_lr=1.0, total_steps=STEPS + 1, pct_start=21 / (STEPS + 1), final_div_factor=1e9)
     ours = curve("one_cycle", warmup=20)
     assert ours[20:STEPS] == pytest.approx(theirs[20:STEPS], abs=1e-6)
-    rising = torchs("OneCycleLR", max_lr=1.0, total_steps=STEPS + 1, pct_start=21 / STEPS, final_div_factor=1e9)
+    rising = torchs("OneCycleLR", max_lr=1.0, total_steps=STEPS + 1, pct_start=22 / (STEPS + 1), final_div_factor=1e9)
     assert ours[:20] == pytest.approx(rising[1:21], abs=1e-6)
 
 

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainkit import hardware, randomness, versions
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded

@@ -19,8 +19,8 @@ T = TypeVar("T", bound=type)
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: T) -> T:
     """Make `cls` a config: a frozen, keyword-only dataclass that refuses keys it does not have."""
-    cls.__pydantic_config__ = {"extra": "forbid"}
-    return dataclass(frozen=True, kw_only=True)(cls)
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # where pydantic looks for it
+    return dataclass(frozen=True, kw_only=True)(cls)  # type: ignore[return-value]  # the same class
 
 
 def how(default: Any) -> Any:

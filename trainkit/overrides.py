@@ -150,7 +150,8 @@ def _names(owner: Any) -> list[str]:
 
 def _place(run: type, loc: tuple[Any, ...]) -> tuple[str, Any, str | None]:
     """The dotted path of an error, the class that it is in, and the `kind` that was chosen there."""
-    path, candidates, tag = [], [run], None
+    path: list[str] = []
+    candidates, tag = [run], None
     owner: Any = run
     for part in loc:
         tagged = next((c for c in candidates if _tag(c) == part), None)

@@ -29,8 +29,9 @@ def seed_all(seed: int) -> None:
 def state() -> dict[str, Tensor]:
     """The state of Python's, NumPy's, torch's and each CUDA device's generator."""
     _, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert name == "MT19937"
+    assert isinstance(keys, np.ndarray)
     tensors = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python_gauss": torch.tensor([0.0 if gauss is None else 1.0, gauss or 0.0], dtype=torch.float64),

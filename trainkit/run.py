@@ -104,7 +104,7 @@ def saved(text: str, overrides: Sequence[str] = (), *, config_dir: Path | None =
         UserError: the file is not a run's, or an override is wrong or would change what is learned.
     """
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{FILE} cannot be read: {_first_line(error)}") from error
     if not isinstance(tree, dict):
@@ -164,7 +164,7 @@ def _composed(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             node = compose("config", [*search, *overrides], return_hydra_config=True)
         choices = node.hydra.runtime.choices
-        with_name = OmegaConf.masked_copy(node, [k for k in node if k not in ("hydra", "experiment")])
+        with_name = OmegaConf.masked_copy(node, [str(k) for k in node if k not in ("hydra", "experiment")])
         tree = OmegaConf.to_container(with_name, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_first_line(error.__cause__ or error)) from error

@@ -1,5 +1,6 @@
 """Using a checkpoint: the verbs `evaluate` and `generate`."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def evaluate(which: str, overrides: list[str], root: Path, *, as_json: bool) -> 
         found = run.task.evaluate(
             learner.model, learner.loader.validation(run.evaluation.batches), ranks=ranks, stop=lambda: False
         )
+        assert found is not None  # nothing asks it to stop
     finally:
         learner.loader.close()
     if as_json:
@@ -75,7 +77,7 @@ def generate(
         top_p=top_p,
         seed=seed,
     )
-    for text in written:
+    for text in itertools.chain([prompt], written):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -82,7 +82,7 @@ class Checkpointer:
                 f"{self.folder} cannot be written ({error.strerror}): choose another disk with --runs"
             ) from error
         room = shutil.disk_usage(self.folder).free
-        there = sum(manifest.bytes for _, manifest in self._good())
+        there = sum(manifest.size for _, manifest in self._good())
         needed = (self._policy.keep + self._policy.keep_best + 1) * expected_bytes - there
         if room < needed:
             raise UserError(

@@ -151,7 +151,7 @@ def _entry(path: Path, run: str, belongs: dict[int, list[str]]) -> Entry:
         step,
         belongs.get(step, []),
         path,
-        manifest.bytes,
+        manifest.size,
         True,
         facts.get("val_loss"),
         facts.get("metric"),

@@ -36,7 +36,7 @@ class Manifest:
     tensors: Mapping[str, Mapping[str, Any]]
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         return sum(int(f["size"]) for f in self.files.values())
 
     def encode(self) -> bytes:

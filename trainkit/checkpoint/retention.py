@@ -21,13 +21,13 @@ def tiers(saved: Sequence[Kept], *, keep: int, epochs: bool, best: int, higher_i
     earlier), `epoch` all that end one if `epochs`, `rolling` the newest `keep`. What has no tier may go.
     """
     newest = sorted((k.step for k in saved), reverse=True)
-    measured = [k for k in saved if k.metric is not None and not math.isnan(k.metric)]
-    ranked = sorted(measured, key=lambda k: ((-k.metric if higher_is_better else k.metric) or 0.0, k.step))
+    sign = -1.0 if higher_is_better else 1.0
+    measured = [(sign * k.metric, k.step) for k in saved if k.metric is not None and not math.isnan(k.metric)]
     belongs: dict[int, list[str]] = {step: [] for step in newest}
     members = {
         "latest": newest[:1],
         "backup": newest[1:2],
-        "best": [k.step for k in ranked[:best]],
+        "best": [step for _, step in sorted(measured)[:best]],
         "epoch": [k.step for k in saved if k.epoch_end and epochs],
         "rolling": newest[:keep],
     }

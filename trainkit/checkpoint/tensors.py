@@ -58,7 +58,7 @@ def parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for _, tensor in ordered:
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().flatten()
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:

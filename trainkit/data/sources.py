@@ -159,7 +159,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             with path.open("rb") as raw, _zstandard().ZstdDecompressor().stream_reader(raw) as reader:
                 import io
 
-                yield io.BufferedReader(reader)  # type: ignore[misc]
+                yield io.BufferedReader(reader)
         else:
             with path.open("rb") as file:
                 yield file

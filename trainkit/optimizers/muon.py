@@ -53,7 +53,8 @@ class Both(torch.optim.Optimizer):
         self.parts = first, second
         super().__init__([*first.param_groups, *second.param_groups], {})
         self.param_groups = [*first.param_groups, *second.param_groups]
-        self.state = _Chained(first.state, second.state, of_first={p for g in first.param_groups for p in g["params"]})
+        ours = {p for g in first.param_groups for p in g["params"]}
+        self.state = _Chained(first.state, second.state, of_first=ours)  # type: ignore[assignment]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for part in self.parts:

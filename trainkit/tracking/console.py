@@ -61,7 +61,7 @@ class RichTracker:
         self._progress = Progress(
             TextColumn("{task.completed:>6.0f}[dim]/{task.total:.0f}[/dim]"),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-            _Facts(),
+            _Facts(self._terminal),
             console=self._terminal,
             refresh_per_second=4,
             expand=True,
@@ -92,18 +92,18 @@ class RichTracker:
 class _Facts(ProgressColumn):
     """As many of the numbers as the terminal is wide enough for."""
 
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self._terminal = terminal
+
     def render(self, task: Task) -> Text:
-        room = max(16, task.fields.get("width", 0) or _terminal_width() - 30)
+        room = self._terminal.width - 24
         text = Text()
         for name, value in task.fields["facts"].items():
             if text.cell_len + len(name) + len(value) + 3 > room:
                 break
             text.append(f"{name} ", style="dim").append(f"{value}  ")
         return text
-
-
-def _terminal_width() -> int:
-    return Terminal().width
 
 
 class PlainTracker:
