@@ -1,0 +1,306 @@
+"""A training step of the same model by trainkit, nanoGPT, the Hugging Face Trainer and a plain torch loop.
+
+    python benchmarks/vs_peers.py --nanogpt PATH_TO_A_CHECKOUT [--rounds 7] [--json FILE]
+
+The model is GPT-2-shaped: 6 layers, width 384, 6 heads, vocabulary 50,304, tied, no bias, no dropout; 8 rows of 256
+tokens; AdamW, gradients clipped at 1. Every row (precision, eager or compiled) is a process of its own in which all
+systems take turns, a few steps each, for several rounds; the figure is the median step. The first round warms up.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import random_shards
+
+ROWS = [(precision, compiled) for precision in ("fp32", "bf16") for compiled in (False, True)]
+LAYERS, HEADS, WIDTH, VOCAB, CONTEXT, BATCH = 6, 6, 384, 50304, 256, 8
+STEPS = 2  # of one system before the next has its turn
+
+Turn = Callable[[], list[float]]  # takes STEPS steps and gives the seconds of each
+
+
+def timed(step: Callable[[], object]) -> Turn:
+    def turn() -> list[float]:
+        seconds = []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    return turn
+
+
+def trainkit(precision: str, compiled: bool, data: Path) -> tuple[Turn, dict[str, float]]:
+    """`Learner.train_step`, and what of it is spent outside forward, backward and optimizer."""
+    from trainkit import build, optimizers
+    from trainkit import run as runs
+
+    words = f"vocab={VOCAB} width={WIDTH} depth={LAYERS} context={CONTEXT} attention.heads={HEADS} norm=layernorm"
+    words += " position=learned mlp.activation=gelu"
+    overrides = [f"model.{word}" for word in words.split()]
+    overrides += ["data=shards", f"data.path={data}", f"data.length={CONTEXT}", f"data.batch={BATCH}", "steps=100000"]
+    overrides += [f"precision={precision}", f"compile={'full' if compiled else 'off'}"]
+    run = runs.composed(overrides)
+    learner = build.learner(run, run.data.open(), build.ranks(run))
+    spent = {"inside": 0.0, "whole": 0.0}
+
+    def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            found = function(*args, **kwargs)
+            spent["inside"] += time.perf_counter() - begin
+            return found
+
+        return counted
+
+    object.__setattr__(learner.task, "backward", inside(learner.task.backward))
+    optimizers.step = inside(optimizers.step)
+    learner.clip_gradients = inside(learner.clip_gradients)  # type: ignore[method-assign]
+    learner.optimizer.zero_grad = inside(learner.optimizer.zero_grad)  # type: ignore[method-assign]
+
+    def step() -> None:
+        begin = time.perf_counter()
+        float(learner.train_step()["loss"])
+        spent["whole"] += time.perf_counter() - begin
+
+    return timed(step), spent
+
+
+def autocast(precision: str) -> Any:
+    import torch
+
+    return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def random_rows(data: Path) -> Callable[[], tuple[Any, Any]]:
+    """nanoGPT's way of reading: a memory map and random offsets."""
+    import numpy as np
+    import torch
+
+    ids = np.memmap(data / "train.bin", dtype=np.uint16, mode="r")
+
+    def rows() -> tuple[Any, Any]:
+        begins = torch.randint(len(ids) - CONTEXT, (BATCH,)).tolist()
+        windows = torch.stack([torch.from_numpy(ids[b : b + CONTEXT + 1].astype(np.int64)) for b in begins])
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    return rows
+
+
+def loop(model: Any, optimizer: Any, loss_of: Callable[[Any, Any], Any], precision: str, data: Path) -> Turn:
+    """The usual loop."""
+    import torch
+
+    rows = random_rows(data)
+
+    def step() -> None:
+        x, y = rows()
+        with autocast(precision):
+            loss = loss_of(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return timed(step)
+
+
+def nanogpt(precision: str, compiled: bool, data: Path, checkout: Path) -> Turn:
+    import torch
+
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cfg = module.GPTConfig(CONTEXT, VOCAB, LAYERS, HEADS, WIDTH, 0.0, False)
+    model = module.GPT(cfg)
+    optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.99), "cpu")
+    called = torch.compile(model) if compiled else model
+    return loop(model, optimizer, lambda x, y: called(x, y)[1], precision, data)
+
+
+def gpt2() -> Any:
+    import transformers
+
+    cfg = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        use_cache=False,
+    )
+    return transformers.GPT2LMHeadModel(cfg)
+
+
+def plain(precision: str, compiled: bool, data: Path) -> Turn:
+    """transformers' GPT-2 in a plain torch loop with torch's fused AdamW."""
+    import torch
+    from torch.nn import functional as F
+
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    called = torch.compile(model) if compiled else model
+
+    def loss_of(x: Any, y: Any) -> Any:
+        return F.cross_entropy(called(x).logits.float().flatten(0, 1), y.flatten())
+
+    return loop(model, optimizer, loss_of, precision, data)
+
+
+def hf_trainer(precision: str, compiled: bool, data: Path, folder: Path) -> Turn:
+    """The Trainer's own loop; its callbacks mark where steps begin and end."""
+    import torch
+    import transformers
+
+    rows = random_rows(data)
+
+    class Endless(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return BATCH * 1000
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            x, _ = rows()
+            return {"input_ids": x[0], "labels": x[0]}
+
+    class Marks(transformers.TrainerCallback):  # type: ignore[misc]
+        begin = 0.0
+        seconds: list[float] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.begin)
+
+    marks, model = Marks(), gpt2()
+    if compiled:
+        model.compile()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS + 1,
+        learning_rate=3e-3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        bf16=precision == "bf16",
+        use_cpu=True,
+        optim="adamw_torch_fused",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Endless(), callbacks=[marks])
+    trainer.remove_callback(transformers.PrinterCallback)
+
+    def turn() -> list[float]:
+        marks.seconds.clear()
+        trainer.train()
+        return marks.seconds[1:]  # the first one of a call sets things up
+
+    return turn
+
+
+def measure(precision: str, compiled: bool, rounds: int, checkout: Path) -> dict[str, Any]:
+    """One row, in this process."""
+    import torch
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        data = random_shards.write(Path(name), VOCAB, 400_000)
+        ours, spent = trainkit(precision, compiled, data)
+        systems = {
+            "trainkit": ours,
+            "nanoGPT": nanogpt(precision, compiled, data, checkout),
+            "HF Trainer": hf_trainer(precision, compiled, data, Path(name) / "hf"),
+            "plain torch": plain(precision, compiled, data),
+        }
+        seconds: dict[str, list[float]] = {system: [] for system in systems}
+        for number in range(rounds + 1):
+            for system, turn in systems.items():
+                found = turn()
+                if number:
+                    seconds[system] += found
+            if not number:
+                spent.update(inside=0.0, whole=0.0)
+        rate = matmul_rate(precision)
+    from trainkit import run as runs
+
+    flops = runs.composed(["model=gpt2", f"model.vocab={VOCAB}", f"model.width={WIDTH}", f"model.depth={LAYERS}",
+                           f"model.attention.heads={HEADS}", "model.bias=false"]).model.flops_per_token(CONTEXT)  # fmt: skip
+    medians = {system: statistics.median(found) for system, found in seconds.items()}
+    return {
+        "precision": precision,
+        "compiled": compiled,
+        "tokens_per_s": {system: BATCH * CONTEXT / median for system, median in medians.items()},
+        "spread": {system: max(found) / min(found) for system, found in seconds.items()},
+        "outside": 1 - spent["inside"] / spent["whole"],
+        "matmul_gflops": rate / 1e9,
+        "mfu": BATCH * CONTEXT / medians["trainkit"] * flops / rate,
+    }
+
+
+def matmul_rate(precision: str) -> float:
+    import torch
+
+    from trainkit import hardware
+
+    return hardware.peak_flops(torch.device("cpu"), torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--nanogpt", type=Path, required=True, help="a checkout of nanoGPT, or a folder with its model.py"
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--row", help="only this row, such as bf16-compiled; prints JSON")
+    arguments = parser.parse_args()
+    if arguments.row:
+        precision, _, way = arguments.row.partition("-")
+        print(json.dumps(measure(precision, way == "compiled", arguments.rounds, arguments.nanogpt)))
+        return
+    rows = []
+    for precision, compiled in ROWS:
+        row = f"{precision}-{'compiled' if compiled else 'eager'}"
+        command = [sys.executable, __file__, "--nanogpt", str(arguments.nanogpt), "--rounds", str(arguments.rounds)]
+        found = subprocess.run([*command, "--row", row], stdout=subprocess.PIPE, check=True, env=os.environ)
+        rows.append(json.loads(found.stdout.splitlines()[-1]))
+        show(rows[-1])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+def show(row: dict[str, Any]) -> None:
+    speeds = row["tokens_per_s"]
+    best = max(speed for system, speed in speeds.items() if system != "trainkit")
+    cells = " | ".join(f"{speed:,.0f}" for speed in speeds.values())
+    name = f"{row['precision']} {'compiled' if row['compiled'] else 'eager'}"
+    ratio, mfu, outside = speeds["trainkit"] / best, row["mfu"], row["outside"]
+    print(
+        f"| {name} | {cells} | {ratio:.2f} | {mfu:.0%} of {row['matmul_gflops']:.0f} GFLOP/s | {outside:.2%} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
