@@ -179,7 +179,8 @@ def test_the_terminal_shows_what_matters_in_any_width(width: int) -> None:
     for words in ("trainkit", "[bold]1M", "4/10", "loss", "Call me [b]Ishmael", "[x] is odd", "validation loss 2.2500"):
         assert words in plain, (words, plain)
     assert max(len(line) for line in re.split(r"[\r\n]", plain)) <= width
-    assert ("eta 5s" in plain) == (width >= 120)
+    assert ("lr 1.00e-03" in plain) == (width >= 120)
+    assert ("eta 5s" in plain) == (width >= 80)
 
 
 def test_without_a_terminal_there_are_plain_lines() -> None:
@@ -187,7 +188,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert "\x1b" not in text
     assert "\r" not in text
     assert "run: t\nmodel: [bold]1M\n" in text
-    assert "step 4/10  loss 4.0000  tok/s 1.5K  mfu 40%  mem 0.50 GB  lr 1.00e-03\n" in text
+    assert "step 4/10  loss 4.0000  tok/s 1.5K  eta 5s  mfu 40%  mem 0.50 GB  lr 1.00e-03\n" in text
     assert "step 4/10  validation loss 2.2500, perplexity 9.5000, bits per byte 3.2500\n" in text
     assert isinstance(Console().build(Path()), PlainTracker)
 

@@ -17,7 +17,7 @@ def rope_tables(positions: Tensor, k: int, theta: float, dtype: torch.dtype) -> 
     """Cosines and sines (B or 1, 1, T, K) of rotary position embeddings (Su et al. 2021, arXiv:2104.09864), in the
     half-split layout of GPT-NeoX and Llama. `positions` (T,) or (B, T) int; computed in float64, given in `dtype`."""
     frequencies = theta ** -(torch.arange(0, k, 2, device=positions.device, dtype=torch.float64) / k)
-    angles = positions[..., None].double() * frequencies
+    angles = positions[..., None] * frequencies
     angles = torch.cat([angles, angles], -1)
     angles = angles[None, None] if positions.ndim == 1 else angles[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -8,11 +8,13 @@ from rich.console import Console as Terminal
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from trainkit.config import config
 from trainkit.units import human_count, human_time
+
+BAR = 16  # characters of progress bar
 
 
 @config
@@ -30,6 +32,8 @@ def facts(metrics: Mapping[str, float]) -> dict[str, str]:
     shown = {"loss": f"{metrics['loss']:.4f}"} if "loss" in metrics else {}
     if "tokens_per_s" in metrics:
         shown["tok/s"] = human_count(metrics["tokens_per_s"])
+    if "eta_s" in metrics:
+        shown["eta"] = human_time(metrics["eta_s"])
     if "mfu" in metrics:
         shown["mfu"] = f"{metrics['mfu']:.0%}"
     if "memory_gb" in metrics:
@@ -60,20 +64,16 @@ class RichTracker:
         self._terminal.print(Panel(table, title="trainkit", title_align="left", border_style="cyan", box=box.ROUNDED))
         self._progress = Progress(
             TextColumn("{task.completed:>6.0f}[dim]/{task.total:.0f}[/dim]"),
-            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+            BarColumn(bar_width=BAR, complete_style="cyan", finished_style="green"),
             _Facts(self._terminal),
             console=self._terminal,
             refresh_per_second=4,
-            expand=True,
         )
         self._task = self._progress.add_task("", total=steps, completed=step, facts={})
         self._progress.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        shown = facts(metrics)
-        if "eta_s" in metrics:
-            shown["eta"] = human_time(metrics["eta_s"])
-        self._progress.update(self._task, completed=step, facts=shown)
+        self._progress.update(self._task, completed=step, facts=facts(metrics))
         if found := evaluation(metrics):
             self._progress.console.print(f"[cyan]step {step}[/cyan]  validation {found}")
 
@@ -93,11 +93,11 @@ class _Facts(ProgressColumn):
     """As many of the numbers as the terminal is wide enough for."""
 
     def __init__(self, terminal: Terminal) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._terminal = terminal
 
     def render(self, task: Task) -> Text:
-        room = self._terminal.width - 24
+        room = self._terminal.width - BAR - 18
         text = Text()
         for name, value in task.fields["facts"].items():
             if text.cell_len + len(name) + len(value) + 3 > room:
