@@ -124,6 +124,58 @@ def test_evaluation_measures_what_it_says() -> None:
     assert set(found) == set(CausalLM.metrics)
 
 
+TWICE = SimpleNamespace(**{**vars(ALONE), "size": 2, "sum": lambda t: 2 * t})  # two ranks with the same rows
+
+
+def test_metrics_are_those_of_all_ranks() -> None:
+    found = [CausalLM().backward(model(), ragged(), microbatch=4, ranks=ranks)["loss"] for ranks in (ALONE, TWICE)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+    batch = ragged()
+    other = {**batch, "labels": torch.full_like(batch["labels"], -100), "bytes": torch.zeros(6)}
+    sums = []
+
+    def add(t: Tensor) -> Tensor:
+        sums.append(t.clone())
+        return t
+
+    ranks = SimpleNamespace(**{**vars(ALONE), "sum": add})
+    one, two = (CausalLM().evaluate(model(), [b], ranks=ranks, stop=lambda: False) for b in (batch, other))
+    assert one is not None and two is not None
+    assert all(math.isnan(value) for value in two.values())  # nothing measured is not a loss of 0
+    ranks = SimpleNamespace(**{**vars(ALONE), "sum": lambda t: sums[0] + t})  # this rank has no labels, the other has
+    assert CausalLM().evaluate(model(), [other], ranks=ranks, stop=lambda: False) == one
+
+
+def test_a_scaler_scales_the_gradient_and_not_the_loss() -> None:
+    plain, scaled = model(), model()
+    found = [
+        CausalLM().backward(plain, ragged(), microbatch=4, ranks=ALONE)["loss"],
+        CausalLM().backward(scaled, ragged(), microbatch=4, ranks=ALONE, scale=lambda loss: loss * 8)["loss"],
+    ]
+    assert torch.equal(*found)
+    assert not found[0].requires_grad
+    expected = [p.grad * 8 for p in plain.parameters()]
+    torch.testing.assert_close([p.grad for p in scaled.parameters()], expected, rtol=1e-12, atol=0)
+
+
+def test_a_batch_of_whole_documents_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast path: torch's causal attention without a mask, in every microbatch."""
+    batch, masks = ragged(), []
+    real = F.scaled_dot_product_attention
+
+    def attention(*args: Any, attn_mask: Tensor | None, is_causal: bool, **how: Any) -> Tensor:
+        masks.append((attn_mask is None, is_causal))
+        return real(*args, attn_mask=attn_mask, is_causal=is_causal, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    CausalLM().backward(model(), batch, microbatch=3, ranks=ALONE)
+    assert set(masks) == {(False, False)}
+    masks.clear()
+    del batch["documents"]
+    CausalLM().backward(model(), batch, microbatch=3, ranks=ALONE)
+    assert set(masks) == {(True, True)}
+
+
 def test_evaluation_stops_when_asked() -> None:
     asked = iter([False, True])
     assert CausalLM().evaluate(model(), [ragged()] * 5, ranks=ALONE, stop=lambda: next(asked)) is None

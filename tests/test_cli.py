@@ -88,6 +88,23 @@ def test_from_the_first_command_to_the_last(capsys: pytest.CaptureFixture[str]) 
     assert said(capsys, "generate", moved, "--prompt", "the quick", "--tokens", "20", "--seed", "3") == once
 
 
+def test_the_best_is_found_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    how = [
+        "checkpoint.every=2",
+        "evaluation.every=2",
+        "evaluation.sample_tokens=0",
+        "optimizer.lr=0.01",
+        "schedule=constant",
+    ]
+    said(capsys, "train", *SMALL, *how, "name=a", "schedule.warmup=1", "steps=12", "tracking=console+jsonl")
+    found = {line["step"]: line["val_loss"] for line in metrics("a") if "val_loss" in line}
+    best = min(found, key=lambda step: found[step])
+    assert json.loads(said(capsys, "evaluate", "best", "--json"))["step"] == best
+    tiers = {e["step"]: e["tiers"] for e in json.loads(said(capsys, "list-checkpoints", "a", "--json"))}
+    assert [step for step, its in tiers.items() if "best" in its] == [best]
+    assert f"step {best} to 12" in said(capsys, "resume", "best")
+
+
 def test_going_back_to_the_best_or_to_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     said(capsys, "train", *SMALL, "name=a", "checkpoint.every=2", "checkpoint.keep=4", "tracking=console+jsonl")
     out = said(capsys, "resume", "a/step-2", "stop_at=3")

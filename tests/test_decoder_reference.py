@@ -148,7 +148,10 @@ def test_what_is_dropped_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_window_costs_what_it_sees() -> None:
     for window in (1, 3, 12, 50):
-        cfg, none = decoder(attention=Attention(heads=4, window=window)), decoder(attention=Attention(heads=4, window=1))
+        cfg, none = (
+            decoder(attention=Attention(heads=4, window=window)),
+            decoder(attention=Attention(heads=4, window=1)),
+        )
         pairs = sum(min(i + 1, window) for i in range(12)) - 12
         heads, _, k = cfg.attention.shape(cfg.width)
         extra = 12 * heads * k * cfg.depth * pairs / 12

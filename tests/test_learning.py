@@ -54,6 +54,20 @@ def test_workers_do_not_matter(learner: Callable[..., Learner], workers: int) ->
     assert torch.equal(weights(it), learned(learner, *ADAM, steps=4))
 
 
+def test_dropout_is_another_in_every_step_and_for_every_seed(learner: Callable[..., Learner]) -> None:
+    def losses(seed: int) -> list[float]:
+        it = learner("model.dropout=0.5", "optimizer.lr=1e-30", f"seed={seed}")
+        batch = it.loader.at(0)
+        it.loader.at = lambda step: batch
+        start = learner("model.dropout=0.5").model.state_dict()
+        it.model.load_state_dict(start)
+        return [float(it.train_step()["loss"]) for _ in range(4)]
+
+    one, other = losses(0), losses(1)
+    assert len({*one, *other}) == 8
+    assert losses(0) == one
+
+
 WAYS = {
     "adamw": ADAM,
     "muon": ["optimizer=muon", "clip=1.0"],

@@ -144,6 +144,14 @@ def test_tensorboard_has_the_names_and_forgets_lost_steps() -> None:
     assert "name: t" in text
 
 
+def test_tensorboard_has_what_was_logged_before_a_kill() -> None:
+    tracker = run(Tensorboard().build(Path()), 0, 3)
+    events = EventAccumulator("tensorboard")
+    events.Reload()
+    assert [e.step for e in events.Scalars("Loss/train")] == [1, 2, 3]
+    tracker.close("x")
+
+
 def test_tensorboard_keeps_validation_and_samples() -> None:
     tracker = run(Tensorboard().build(Path()), 0, 1)
     tracker.log(2, METRICS | VALIDATION | {"grad_norm": 1.5, "val_other": 2.0})

@@ -50,6 +50,7 @@ class TensorboardTracker:
             if name not in UNSHOWN:
                 own = f"{name.removeprefix('val_')}/val" if name.startswith("val_") else name
                 self._writer.add_scalar(NAMES.get(name, own), value, step)
+        self._writer.flush()  # a killed run keeps what was logged before its last checkpoint
 
     def text(self, step: int, tag: str, text: str) -> None:
         self._writer.add_text(f"{tag.capitalize()}s", "\n".join(f"    {line}" for line in text.splitlines()), step)
