@@ -140,7 +140,8 @@ def test_metrics_are_those_of_all_ranks() -> None:
 
     ranks = SimpleNamespace(**{**vars(ALONE), "sum": add})
     one, two = (CausalLM().evaluate(model(), [b], ranks=ranks, stop=lambda: False) for b in (batch, other))
-    assert one is not None and two is not None
+    assert one is not None
+    assert two is not None
     assert all(math.isnan(value) for value in two.values())  # nothing measured is not a loss of 0
     ranks = SimpleNamespace(**{**vars(ALONE), "sum": lambda t: sums[0] + t})  # this rank has no labels, the other has
     assert CausalLM().evaluate(model(), [other], ranks=ranks, stop=lambda: False) == one
