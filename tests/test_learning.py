@@ -105,6 +105,15 @@ def test_early_stopping_goes_on_where_it_was(trained: Callable[..., build.Traine
     assert (parts.learner.step, parts.best) == (whole.learner.step, whole.best)
 
 
+def test_where_a_run_stopped_decides_nothing(trained: Callable[..., build.Trainer]) -> None:
+    how = ["evaluation.every=4", "evaluation.patience=9", "steps=8", "optimizer.lr=1e-9", "evaluation.min_delta=0.5"]
+    whole = trained(*how, name="whole")
+    trained(*how, "stop_at=2", name="parts")  # it is evaluated there, as the last step of what was asked for
+    parts = trained(*how, name="parts")
+    assert parts.best == whole.best
+    assert (whole.best.step, whole.best.stale) == (4, 1)
+
+
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], None]:
     def at(step: int, what: str) -> None:

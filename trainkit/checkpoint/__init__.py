@@ -82,7 +82,7 @@ class Checkpointer:
                 f"{self.folder} cannot be written ({error.strerror}): choose another disk with --runs"
             ) from error
         room = shutil.disk_usage(self.folder).free
-        there = sum(manifest.size for _, manifest in self._good())
+        there = sum(manifest.size for _, manifest in store.whole(self.folder))
         needed = (self._policy.keep + self._policy.keep_best + 1) * expected_bytes - there
         if room < needed:
             raise UserError(
@@ -132,7 +132,7 @@ class Checkpointer:
             DamagedError: there are some and none is good.
         """
         bad = []
-        for path in reversed(_checkpoints(self.folder)):
+        for path in reversed(store.folders(self.folder)):
             try:
                 return load(path)
             except BadCheckpoint as error:
@@ -156,14 +156,14 @@ class Checkpointer:
             found = load(path)
         except BadCheckpoint as error:
             raise DamagedError(f"{path} is not good: {error}") from error
-        for newer in _checkpoints(self.folder):
+        for newer in store.folders(self.folder):
             if (store.step_of(newer.name) or 0) > found.step:
                 self._set_aside(newer, f"the run went back to step {found.step}")
         return found
 
     def _prune(self) -> None:
         """Remove what no tier keeps: first its name, durably, so that half of one is never found."""
-        good = {manifest.step: (path, manifest) for path, manifest in self._good()}
+        good = {manifest.step: (path, manifest) for path, manifest in store.whole(self.folder)}
         belongs = tiers_of([m for _, m in good.values()], self._policy, self._higher)
         for step in [s for s, its in belongs.items() if not its]:
             path = good[step][0]
@@ -174,16 +174,6 @@ class Checkpointer:
                 shutil.rmtree(trash)
             except OSError as error:
                 self.notes.append(f"warning: {path} could not be removed: {error.strerror}")
-
-    def _good(self) -> list[tuple[Path, Manifest]]:
-        """Those that pass the cheap checks, oldest first."""
-        found = []
-        for path in _checkpoints(self.folder):
-            try:
-                found.append((path, store.inspect(path)))
-            except BadCheckpoint:
-                continue  # loading, which looks closer, is what sets one aside
-        return found
 
     def _sweep(self) -> None:
         """Remove what earlier processes left half written or half removed."""
@@ -211,10 +201,3 @@ def tiers_of(manifests: list[Manifest], policy: Checkpoint, higher_is_better: bo
         best=policy.keep_best,
         higher_is_better=higher_is_better,
     )
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The folders with a checkpoint's name, by step."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if store.step_of(p.name) is not None), key=lambda p: p.name)

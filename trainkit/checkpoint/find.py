@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainkit.checkpoint import FOLDER, Checkpoint, store, tiers_of
-from trainkit.checkpoint.manifest import BadCheckpoint, Manifest
+from trainkit.checkpoint.manifest import BadCheckpoint
 from trainkit.errors import DamagedError, UserError, nearest
 
 Policy = Callable[[Path], tuple[Checkpoint, bool]]  # a run's folder to its policy and whether higher is better
@@ -69,7 +69,7 @@ def resolve(where: str, root: Path, policy: Policy) -> Path:
 
 
 def _of_run(folder: Path, which: str, policy: Policy) -> Path:
-    good = _good(folder)
+    good = store.whole(folder / FOLDER)
     if not good:
         refuse_damaged([folder])
         raise UserError(f"the run {folder.name} has no checkpoint: looked in {folder / FOLDER}")
@@ -103,7 +103,7 @@ def refuse_damaged(folders: list[Path]) -> None:
 def _newest_run(root: Path) -> Path:
     newest: tuple[float, Path] | None = None
     for name in _runs(root):
-        good = _good(root / name)
+        good = store.whole(root / name / FOLDER)
         if good and (newest is None or good[-1][1].time > newest[0]):
             newest = good[-1][1].time, root / name
     if newest is None:
@@ -117,24 +117,10 @@ def _runs(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if (p / FOLDER).is_dir()) if root.is_dir() else []
 
 
-def _good(folder: Path) -> list[tuple[Path, Manifest]]:
-    found = []
-    for path in _folders(folder):
-        try:
-            found.append((path, store.inspect(path)))
-        except BadCheckpoint:
-            continue  # whoever loads it says what is wrong
-    return found
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in (folder / FOLDER).iterdir() if store.step_of(p.name) is not None)
-
-
 def _entries(folder: Path, policy: Policy) -> list[Entry]:
     checkpoints, higher = policy(folder)
-    belongs = tiers_of([m for _, m in _good(folder)], checkpoints, higher)
-    return [_entry(path, folder.name, belongs) for path in _folders(folder)]
+    belongs = tiers_of([m for _, m in store.whole(folder / FOLDER)], checkpoints, higher)
+    return [_entry(path, folder.name, belongs) for path in store.folders(folder / FOLDER)]
 
 
 def _entry(path: Path, run: str, belongs: dict[int, list[str]]) -> Entry:

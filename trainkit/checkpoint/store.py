@@ -7,6 +7,7 @@ step-0000001000/
   manifest.json                      size and hash of every file, and its own
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -52,6 +53,23 @@ def step_of(name: str) -> int | None:
     """The step of a checkpoint's folder name; None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
+
+
+def folders(root: Path) -> list[Path]:
+    """The folders in `root` with a checkpoint's name, by step."""
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if step_of(p.name) is not None)
+
+
+def whole(root: Path) -> list[tuple[Path, Manifest]]:
+    """The checkpoints in `root` that pass the cheap checks, by step. Loading, which looks closer, says what is wrong with
+    the others."""
+    found = []
+    for path in folders(root):
+        with contextlib.suppress(BadCheckpoint):
+            found.append((path, inspect(path)))
+    return found
 
 
 def commit(
