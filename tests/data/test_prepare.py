@@ -131,6 +131,22 @@ def test_a_kill_loses_nothing_that_was_finished(monkeypatch: pytest.MonkeyPatch)
     assert finished >= len(kept) - 2
 
 
+def test_a_finished_piece_that_changed_is_done_again() -> None:
+    source = write("jsonl")
+    made(source, "whole")
+    made(source)
+    files = files_of("out")
+    index = json.loads(files.pop("index.json"))
+    entry = {"files": index["files"], "documents": index["documents"], "text_bytes": index["text_bytes"]}
+    Path("out/index.json").unlink()  # as a kill just before the index leaves it
+    Path("out/piece-00000.json").write_text(json.dumps(entry))
+    content = bytearray(files["train-00000.bin"])
+    content[0] ^= 1
+    Path("out/train-00000.bin").write_bytes(content)
+    made(source)
+    assert files_of("out") == files_of("whole")
+
+
 def test_another_preparation_is_not_written_over() -> None:
     source = write("jsonl")
     made(source)
