@@ -36,7 +36,7 @@ class Schedule:
             ValueError: in one sentence.
         """
         if self.warmup >= steps:
-            raise ValueError(f"schedule.warmup={self.warmup} leaves nothing of steps={steps}")
+            raise ValueError(f"schedule.warmup={self.warmup} leaves nothing of steps={steps}: lower it or raise steps")
 
     def scale(self, step: int, steps: int) -> float:
         """The factor for the update that follows `step` updates, in a schedule over `steps`."""
