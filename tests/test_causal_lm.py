@@ -14,7 +14,14 @@ from trainkit.tasks import CausalLM, loss
 from trainkit.tasks.generate import generate
 from trainkit.tasks.loss import summed_loss
 
-ALONE = SimpleNamespace(rank=0, size=1, first=True, device=torch.device("cpu"), sum=lambda t: t)
+ALONE = SimpleNamespace(
+    rank=0,
+    size=1,
+    device=torch.device("cpu"),
+    sum=lambda t: t,
+    sum_next=lambda model, last: None,
+    finish_sums=lambda: None,
+)
 
 
 def ragged(rows: int = 6, length: int = 12) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 
 ROOT = Path(trainkit.__file__).parent
 FLOORS = [
-    {"config", "errors", "units", "choices", "atomic"},
+    {"config", "errors", "units", "choices", "atomic", "strict"},
     {
         "models",
         "data",
@@ -25,6 +25,11 @@ FLOORS = [
         "memory",
         "parallel",
         "evaluation",
+        "exact",
+        "guard",
+        "spikes",
+        "watchdog",
+        "notify",
         "tracking",
         "hardware",
         "randomness",
@@ -34,7 +39,7 @@ FLOORS = [
         "overrides",
         "versions",
     },
-    {"tasks", "checkpoint"},
+    {"tasks", "checkpoint", "history"},
     {"learner"},
     {"trainer"},
     {"run"},
@@ -85,12 +90,105 @@ def test_only_run_knows_the_config_tools(path: Path) -> None:
         assert not {m.split(".")[0] for m in imports(path)} & {"hydra", "omegaconf", "pydantic"}
 
 
+UNPICKLE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+EXECUTE = {
+    *("eval", "exec", "builtins.eval", "builtins.exec"),
+    *("torch.load", "torch.save", "torch.serialization", "numpy.load"),
+    *(f"yaml.{way}{all_}" for way in ("load", "full_load", "unsafe_load") for all_ in ("", "_all")),
+    *(f"yaml.{c}{kind}Loader" for c in ("", "C") for kind in ("", "Full", "Unsafe")),
+}
+PICKLING = {"all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list"} | {
+    "send_object_list",
+    "recv_object_list",
+}
+CONVERTER = (
+    "trainkit/checkpoint/convert.py"  # reads what other tools wrote: the one place for torch.load, of weights alone
+)
+
+
+def executes(tree: ast.AST, where: str = "") -> Iterator[str]:
+    """What in a module could run what it reads. Names are followed through `import ... as`; a mention is enough."""
+    bound: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            bound |= {a.asname: a.name for a in node.names if a.asname}
+            yield from (a.name for a in node.names if a.name.split(".")[0] in UNPICKLE or a.name in EXECUTE)
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            full = {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            bound |= full
+            if node.module.split(".")[0] in UNPICKLE or node.module in EXECUTE:
+                yield node.module
+            yield from (f for f in full.values() if f in EXECUTE or f.rpartition(".")[2] in PICKLING)
+    safe = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            keywords = {k.arg: k.value for k in node.keywords}
+            weights = keywords.get("weights_only")
+            if where == CONVERTER and isinstance(weights, ast.Constant) and weights.value is True:
+                safe.add(node.func)
+            may = keywords.get("allow_pickle")
+            if may is not None and not (isinstance(may, ast.Constant) and may.value is False):
+                yield "allow_pickle"
+            first = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            if ast.unparse(node.func).endswith("import_module") or ast.unparse(node.func) == "__import__":
+                yield from [str(first)] if str(first).split(".")[0] in UNPICKLE else []
+        if isinstance(node, ast.Attribute) and node.attr in PICKLING:
+            yield node.attr
+        if isinstance(node, ast.Name | ast.Attribute):
+            head, _, rest = ast.unparse(node).partition(".")
+            dotted = bound.get(head, head) + (f".{rest}" if rest else "")
+            dotted = f"numpy{dotted[2:]}" if dotted.startswith("np.") else dotted
+            if dotted in EXECUTE and not (node in safe and dotted == "torch.load"):
+                yield dotted
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_nothing_unpickles(path: Path) -> None:
-    modules = {m.split(".")[0] for m in imports(path)}
-    assert not modules & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}
-    assert not calls & {"torch.load", "torch.save", "np.load", "yaml.load", "eval", "exec"}
+def test_nothing_that_is_read_is_executed(path: Path) -> None:
+    assert not list(executes(ast.parse(path.read_text()), name(path)))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(
+            "import pickle",
+            "import pickle as p",
+            "from pickle import loads",
+            "from dill import *",
+            "import joblib.numpy",
+        ),
+        *("import cloudpickle", "import marshal", "def f():\n import shelve", "__import__('pickle')"),
+        *("import importlib\nimportlib.import_module('marshal')", "torch.load('x')", "torch.save(x, 'y')"),
+        *(
+            "import torch as t\nt.load('x')",
+            "from torch import load as l",
+            "f = torch.load",
+            "torch.load(x, weights_only=True)",
+        ),
+        *("import yaml\nyaml.load(x, Loader=yaml.SafeLoader)", "yaml.unsafe_load(x)", "yaml.full_load(x)"),
+        *("from yaml import load", "yaml.parse(x, Loader=yaml.UnsafeLoader)", "eval('1')", "exec('1')", "map(eval, x)"),
+        *("import builtins\nbuiltins.exec('1')", "np.load('x')", "import numpy as n\nn.load('x', allow_pickle=True)"),
+        *(
+            "read_array(f, allow_pickle=maybe)",
+            "dist.all_gather_object(a, b)",
+            "torch.distributed.broadcast_object_list(x)",
+        ),
+        *("dist.gather_object(x)", "from torch.distributed import scatter_object_list"),
+    ],
+)
+def test_what_could_execute_is_seen(code: str) -> None:
+    assert list(executes(ast.parse(code)))
+
+
+def test_what_only_looks_like_it_is_let_by() -> None:
+    fine = (
+        "model.eval()\nblock.load(x)\nyaml.safe_load(x)\njson.load(f)\nread_array(f, allow_pickle=False)\nimport torch"
+    )
+    assert not list(executes(ast.parse(fine)))
+    weights = ast.parse("torch.load(x, weights_only=True)")
+    assert not list(executes(weights, CONVERTER))
+    for more in ("torch.load(x)", "torch.load(x, weights_only=False)", "torch.save(x, y)", "import pickle"):
+        assert list(executes(ast.parse(more), CONVERTER))
 
 
 @pytest.mark.parametrize("path", EVERY_PYTHON_FILE, ids=name)
@@ -113,6 +211,7 @@ def test_every_floor_has_its_rooms() -> None:
 
 def test_every_group_is_a_field_of_run_and_back() -> None:
     groups = {f.name for f in dataclasses.fields(runs.Run)} - {"name", "seed", "steps", "clip", "stop_at", "compile"}
+    groups -= {"deterministic", "notify"}
     assert set(choices()) - {"experiment"} == groups
     rooms = {"model": "models", "optimizer": "optimizers", "task": "tasks", "schedule": "schedules"}
     assert {rooms.get(g, g) for g in groups} <= set(FLOOR)

@@ -1,11 +1,14 @@
 """The smaller rooms: precision, evaluation, memory strategies, signals, throughput, random generators."""
 
+import http.server
 import math
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +16,12 @@ import torch
 
 from tests.conftest import weights
 from trainkit import hardware, randomness
+from trainkit import signals as signals_room
 from trainkit.errors import UserError
 from trainkit.evaluation import Evaluation
 from trainkit.learner import Learner
 from trainkit.precision import Precision
-from trainkit.signals import Signals
+from trainkit.signals import Signals, StopNow, announced
 from trainkit.throughput import Meter
 from trainkit.units import human_bytes, human_count, human_time
 
@@ -109,6 +113,10 @@ def test_signals_ask_first_and_interrupt_next() -> None:
     notes: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
     with Signals(notes.append) as signals:
+        signals.immediate = False
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.save_asked
+        assert signals.asked is None
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         assert signals.asked == "SIGTERM"
@@ -118,6 +126,41 @@ def test_signals_ask_first_and_interrupt_next() -> None:
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
     assert "SIGTERM: saving, then leaving" in notes[0]
+
+
+def test_a_signal_before_the_first_step_leaves_at_once() -> None:
+    with (
+        Signals() as signals,
+        pytest.raises(StopNow, match="stopped by SIGTERM before the first step: nothing is lost"),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert StopNow.exit_code == 75
+    assert signals.asked == "SIGTERM"
+
+
+def test_a_notice_is_a_file_or_an_address_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/soon" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        at = f"http://127.0.0.1:{server.server_port}"
+        assert announced(f"{at}/soon")
+        assert not announced(f"{at}/never")
+        server.shutdown()
+    assert not announced(f"{at}/soon")  # nobody there is no notice
+    assert not announced("gone")
+    monkeypatch.setattr(signals_room, "POLL_S", 0.01)
+    with Signals(lambda note: None, notice="gone") as signals:
+        signals.immediate = False
+        Path("gone").touch()
+        time.sleep(0.3)
+    assert signals.asked == "SIGTERM"
 
 
 def test_rates_leave_out_what_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:

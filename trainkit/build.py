@@ -1,22 +1,29 @@
 """From a Run to what runs it: every wire in the house, in the order in which it is pulled."""
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trainkit import hardware, randomness, versions
+from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded
 from trainkit.checkpoint.lock import RunLock
 from trainkit.errors import UserError
 from trainkit.learner import Learner
+from trainkit.notify import Notifier
 from trainkit.parallel import Ranks
 from trainkit.run import Run
 from trainkit.sampling import stream
+from trainkit.signals import Signals
 from trainkit.throughput import Meter
+from trainkit.tracking import Trackers
 from trainkit.trainer import Trainer
 from trainkit.units import human_bytes, human_count
+from trainkit.watchdog import Watchdog
 
 Report = Callable[[int, int, str], None]
 
@@ -27,6 +34,7 @@ def check(run: Run) -> None:
     Raises:
         UserError: the data is not there, or its vocabulary does not fit the model.
     """
+    run.parallel.check()
     run.data.check()
     if (vocab := run.data.vocab()) is not None:
         _refuse_small_vocabulary(vocab, run)
@@ -44,6 +52,7 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     model = run.task.build(run.model.build()).to(ranks.device)
     model = run.precision.apply(model, ranks.device)
     model = run.memory.apply(model)  # over whole blocks, before anything else wraps them
+    model = ranks.apply(model, exact_sums=run.deterministic == "elastic")
     _compile(model, run.compile)
     return Learner(
         task=run.task,
@@ -57,59 +66,110 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
         steps=run.steps,
         clip=run.clip,
         microbatch=run.memory.microbatch or run.data.batch,
+        guard=run.guard,
+        exact=run.deterministic == "elastic",
     )
 
 
 @contextmanager
-def trainer(run: Run, folder: Path, *, start: Path | None = None, report: Report | None = None) -> Iterator[Trainer]:
+def trainer(
+    run: Run, folder: Path, *, start: Path | None = None, report: Report | None = None, signals: Signals | None = None
+) -> Iterator[Trainer]:
     """A learner and the folder that it keeps, locked for as long as this lasts; it goes on from the newest checkpoint
     or from that of `start`. What a person can have got wrong is found before the folder is claimed.
+
+    Only the first rank touches the folder, or prints. What it refuses all ranks leave for.
 
     Raises:
         UserError: wrong data, a name that is taken, another process on this run, a disk that cannot hold it.
         DamagedError: there are checkpoints and none is good.
     """
-    runs.refuse_another(folder, run)
-    check(run)
-    with RunLock(folder):
-        joined = ranks(run)
-        trackers = run.tracking.build(folder)
-        corpus = run.data.open(report)
-        it = learner(run, corpus, joined)
-        checkpointer = run.checkpoint.build(
-            folder, higher_is_better=run.evaluation.higher_is_better, versions=versions.installed()
-        )
-        checkpointer.preflight(_checkpoint_bytes(it))
-        runs.claim(folder, run)
-        found = checkpointer.load(start) if start else checkpointer.load_latest()
-        made = Trainer(
-            learner=it,
-            checkpointer=checkpointer,
-            trackers=trackers,
-            evaluation=run.evaluation,
-            meter=Meter(
-                tokens_per_step=it.loader.tokens_per_step,
-                flops_per_token=run.model.flops_per_token(run.data.length),
-                peak_flops=hardware.peak_flops(joined.device, run.precision.matmul_dtype()),
-            ),
-            log_every=run.tracking.every,
-            stop_at=min(run.stop_at or run.steps, run.steps),
-            memory_in_use=lambda: hardware.memory_in_use(joined.device),
-            sample=_sampler(run, it, corpus) if run.evaluation.sample_tokens else None,
-            facts=_facts(corpus),
-            files={runs.FILE: run.yaml().encode(), "tokenizer.json": corpus.tokenizer.save()},
-            best=run.evaluation.best(),
-        )
-        if found:
-            _refuse_other_data(found, corpus)
-            made.restore(found.tensors, found.state)
-        trackers.start(header(run, made, corpus), it.step, steps=made.stop_at, config=run.yaml())
-        made.tell_what_was_found()
-        try:
+    if int(os.environ.get("RANK", "0")) == 0:
+        runs.refuse_another(folder, run)
+        check(run)
+    joined = ranks(run)
+    lock = RunLock(folder)
+    joined.host.first_does(lambda: lock.__enter__() and None)
+    error: BaseException | None = None
+    try:
+        with _trainer(run, folder, joined, start, report, signals or Signals()) as made:
             yield made
-        finally:
-            trackers.close(made.status)
-            it.loader.close()
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        if joined.first:
+            lock.__exit__(type(error) if error else None, error, None)
+        if error is None:
+            joined.leave()
+
+
+@contextmanager
+def _trainer(
+    run: Run, folder: Path, joined: Ranks, start: Path | None, report: Report | None, signals: Signals
+) -> Iterator[Trainer]:
+    trackers = run.tracking.build(folder) if joined.first else Trackers([])
+    notifier = Notifier(run.notify if joined.first else (), run.name, trackers.note)
+    corpus = _opened(run, joined, report)
+    it = learner(run, corpus, joined)
+    checkpointer = run.checkpoint.build(
+        folder,
+        higher_is_better=run.evaluation.higher_is_better,
+        versions=versions.installed(),
+        host=joined.host,
+        saving=joined.saving,
+    )
+    checkpointer.preflight(_checkpoint_bytes(it))
+    joined.host.first_does(lambda: runs.claim(folder, run))
+    begin = time.perf_counter()
+    found = checkpointer.load(start, it.places) if start else checkpointer.load_latest(it.places)
+    signals.note = trackers.note
+    made = Trainer(
+        learner=it,
+        checkpointer=checkpointer,
+        checkpoint=run.checkpoint,
+        trackers=trackers,
+        evaluation=run.evaluation,
+        guard=run.guard,
+        signals=signals,
+        watchdog=Watchdog(folder, joined.rank, run.guard.hang_s),
+        meter=Meter(
+            tokens_per_step=it.loader.tokens_per_step,
+            flops_per_token=run.model.flops_per_token(run.data.length),
+            peak_flops=hardware.peak_flops(joined.device, run.precision.matmul_dtype()) * joined.size,
+        ),
+        log_every=run.tracking.every,
+        stop_at=min(run.stop_at or run.steps, run.steps),
+        memory_in_use=lambda: hardware.memory_in_use(joined.device),
+        sample=_sampler(run, it, corpus) if run.evaluation.sample_tokens else None,
+        remember=lambda history: history_file.write(folder, history) if joined.first else None,
+        tell=notifier.tell,
+        facts=_facts(corpus),
+        files={runs.FILE: run.yaml().encode(), "tokenizer.json": corpus.tokenizer.save()},
+        best=run.evaluation.best(),
+    )
+    it.history = history_file.read(folder)
+    if found:
+        _refuse_other_data(found, corpus)
+        made.restore(found.tensors, found.state)
+        seconds = time.perf_counter() - begin
+        checkpointer.notes.append(f"went on from step {found.step}, verified and loaded in {seconds:.2f} s")
+    trackers.start(header(run, made, corpus), it.step, steps=made.stop_at, config=run.yaml())
+    made.tell_what_was_found()
+    try:
+        yield made
+    finally:
+        checkpointer.wait()
+        trackers.close(made.status)
+        notifier.tell(f"{made.status} at step {it.step} of {run.steps}")
+        notifier.close()
+        it.loader.close()
+
+
+def _opened(run: Run, joined: Ranks, report: Report | None) -> Any:
+    """The corpus. What has to be prepared is prepared by the first rank, while the others wait."""
+    joined.host.first_does(lambda: run.data.open(report) and None)
+    return run.data.open()
 
 
 def header(run: Run, trainer: Trainer, corpus: Any) -> dict[str, str]:
@@ -127,8 +187,9 @@ def header(run: Run, trainer: Trainer, corpus: Any) -> dict[str, str]:
         "data": f"{corpus.name}: {human_count(corpus.train_tokens)} tokens to learn from, "
         f"{human_count(corpus.validation_tokens)} held out, tokenizer {corpus.tokenizer.name}",
         "device": f"{hardware.name(device)}, {peak}",
-        "batch": f"{micro} rows × {accumulated} accumulated × {ways} device = {run.data.batch} rows of {run.data.length}: "
-        f"{human_count(meter.tokens_per_step)} tokens a step, {run.data.batch * run.steps / _samples(it):.1f} epochs",
+        "batch": f"{micro} rows × {accumulated} accumulated × {ways} rank{'s' if ways > 1 else ''} = {run.data.batch} "
+        f"rows of {run.data.length}: {human_count(meter.tokens_per_step)} tokens a step, "
+        f"{run.data.batch * run.steps / _samples(it):.1f} epochs",
         "memory": f"{run.memory.describe()}; a checkpoint takes {human_bytes(_checkpoint_bytes(it))}",
     }
 

@@ -6,19 +6,26 @@ from rich.console import Console
 
 from trainkit import build
 from trainkit import run as runs
-from trainkit.checkpoint import Checkpoint, find
+from trainkit.checkpoint import Checkpoint, Keeping, find
 from trainkit.errors import DONE, STOPPED
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
+from trainkit.signals import Signals
 
 
 def train(run: Run, root: Path, *, start: Path | None = None) -> int:
     """Start `run` in `root`, or go on with it (from the checkpoint `start` if given); the exit code says how it ended."""
     folder = root / run.name
-    with bytes_bar() as report, build.trainer(run, folder, start=start, report=report) as trainer:
+    with (
+        Signals(notice=run.guard.notice) as signals,
+        bytes_bar() as report,
+        build.trainer(run, folder, start=start, report=report, signals=signals) as trainer,
+    ):
         fresh = trainer.learner.step < trainer.stop_at
         end = trainer.fit()
-    _say_what_next(run, trainer.learner.step, end, fresh)
+        first = trainer.learner.ranks.first
+    if first:
+        _say_what_next(run, trainer.learner.step, end, fresh)
     return DONE if end in ("done", "patience") else STOPPED
 
 
@@ -29,15 +36,16 @@ def resume(which: str, overrides: list[str], root: Path, config_dir: Path | None
     """
     named = find.resolve(which, root, policy)
     folder = named.parents[1]
-    run = runs.saved((folder / runs.FILE).read_text(), overrides, config_dir=config_dir)
+    run = runs.saved(runs.content(folder), overrides, config_dir=config_dir)
     newest = which == "latest" or (root / which) == folder or Path(which) == folder
     return train(run, folder.parent, start=None if newest else named)
 
 
-def policy(folder: Path) -> tuple[Checkpoint, bool]:
-    """What a run's own config says about its tiers: the policy, and whether a higher metric is better."""
+def policy(folder: Path) -> Keeping:
+    """What a run's own config says about its tiers."""
     run = runs.read(folder)
-    return (run.checkpoint, run.evaluation.higher_is_better) if run else (Checkpoint(), False)
+    higher = run.evaluation.higher_is_better if run else False
+    return (run.checkpoint if run else Checkpoint()).keeping(higher_is_better=higher)
 
 
 def _say_what_next(run: Run, step: int, end: str, fresh: bool) -> None:

@@ -23,6 +23,8 @@ from trainkit.config import Count, Natural, NonNegative, config, how
 from trainkit.data import Data
 from trainkit.errors import UserError, nearest
 from trainkit.evaluation import Evaluation
+from trainkit.exact import MOST_ROWS
+from trainkit.guard import Guard
 from trainkit.memory import Memory
 from trainkit.models import Model
 from trainkit.optimizers import Optimizer
@@ -30,10 +32,11 @@ from trainkit.overrides import Overrides, explain, typed_wrongly
 from trainkit.parallel import Parallel
 from trainkit.precision import Precision
 from trainkit.schedules import Schedule
+from trainkit.strict import MAX_YAML, one_line, parse_yaml, read_file, reason
 from trainkit.tasks import Task
 from trainkit.tracking import Tracking
 
-HOW_GROUPS = ("memory", "parallel", "checkpoint", "evaluation", "tracking")
+HOW_GROUPS = ("memory", "parallel", "checkpoint", "guard", "evaluation", "tracking")
 FILE = "run.yaml"
 
 
@@ -55,16 +58,23 @@ class Run:
     # how it is done: free to differ on resume
     stop_at: Count | None = how(None)
     compile: Literal["off", "blocks", "full"] = how("off")
+    deterministic: Literal["layout", "elastic"] = how("layout")
+    notify: tuple[str, ...] = how(())
     memory: Memory
     parallel: Parallel
     checkpoint: Checkpoint
+    guard: Guard
     evaluation: Evaluation
     tracking: Tracking
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", self.name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", self.name or ""):
             raise ValueError(f"name={self.name} is not a folder's name: letters, digits and . _ + - only")
         self.schedule.check(self.steps)
+        if self.deterministic == "elastic" and self.parallel.kind == "fsdp":
+            raise ValueError("deterministic=elastic sums whole gradients itself: use parallel=ddp or parallel=single")
+        if self.deterministic == "elastic" and self.data.batch > MOST_ROWS:
+            raise ValueError(f"deterministic=elastic sums {MOST_ROWS} rows at most: lower data.batch={self.data.batch}")
         if self.data.length > self.model.context:
             raise ValueError(f"data.length={self.data.length} is longer than model.context={self.model.context}")
 
@@ -97,18 +107,24 @@ def composed(overrides: list[str], config_dir: Path | None = None) -> Run:
     return _typed(tree)
 
 
-def saved(text: str, overrides: Sequence[str] = (), *, config_dir: Path | None = None, free: Sequence[str] = ()) -> Run:
+def saved(
+    text: str | bytes, overrides: Sequence[str] = (), *, config_dir: Path | None = None, free: Sequence[str] = ()
+) -> Run:
     """The run of a `run.yaml`, with overrides of how it is done, and of the groups that are `free` to change as well.
+
+    The file may be anyone's: it is data, of which nothing is resolved, looked up or made.
 
     Raises:
         UserError: the file is not a run's, or an override is wrong or would change what is learned.
     """
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{FILE} cannot be read: {_first_line(error)}") from error
+        tree = parse_yaml(text if isinstance(text, str) else text.decode())
+    except ValueError as error:
+        raise UserError(f"{FILE} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{FILE} holds no run")
+    if "${" in repr(tree):  # it would be resolved with what this machine knows, such as its environment
+        raise UserError(f"{FILE} cannot be read: ${{ stands for another value, and it may hold values only")
     before = _typed(tree)
     given = Overrides(Run, list(overrides), config_dir)
     for group in given.groups():
@@ -132,8 +148,19 @@ def saved(text: str, overrides: Sequence[str] = (), *, config_dir: Path | None =
 
 def read(folder: Path) -> Run | None:
     """The run that a folder belongs to, or None where there is none yet."""
-    file = folder / FILE
-    return saved(file.read_text()) if file.exists() else None
+    return saved(content(folder)) if (folder / FILE).exists() else None
+
+
+def content(folder: Path) -> bytes:
+    """The `run.yaml` of a run's folder.
+
+    Raises:
+        UserError: it is missing, not a file, or much longer than any.
+    """
+    try:
+        return read_file(folder / FILE, MAX_YAML)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / FILE} cannot be read: {reason(error)}") from error
 
 
 def claim(folder: Path, run: Run) -> None:
@@ -178,7 +205,7 @@ def _typed(tree: dict[str, Any]) -> Run:
     try:
         run = TypeAdapter(Run).validate_python(tree)
     except ValidationError as error:
-        raise UserError("; ".join(explain(Run, e) for e in error.errors()[:3])) from error
+        raise UserError(one_line("; ".join(explain(Run, e) for e in error.errors()[:3]))) from error
     if wrong := typed_wrongly(tree, run):
         raise UserError(wrong)
     return run

@@ -1,36 +1,91 @@
-"""Being asked to stop: the first signal asks, the second Ctrl-C leaves at once."""
+"""Being asked to stop or to save: by a signal, by a file that appears, or by an address that answers.
+
+A stop before the first step of this process loses nothing, so it happens at once, wherever the program is: preparing
+text, loading, compiling. Later it sets a flag, which has to be looked at wherever the loop may stay long.
+"""
 
 import signal
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: what SLURM's --signal usually sends
+from trainkit.errors import STOPPED
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+SAVING = signal.SIGUSR1
+POLL_S = 5.0
+
+
+class StopNow(BaseException):
+    """Asked to stop while there is nothing to lose. Exit code 75."""
+
+    exit_code = STOPPED
 
 
 class Signals:
-    """Inside `with`, a stop signal sets `asked` to its name instead of ending the process.
+    """Inside `with`, `asked` becomes what asked to stop, and `save_asked` true, instead of the process ending.
 
-    `asked` has to be looked at wherever the loop may stay long: between steps and between evaluation batches.
+    `immediate`: nothing is to be lost yet, so a stop raises StopNow from wherever the program is.
     """
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, note: Callable[[str], None] = print, notice: str | None = None) -> None:
         self.asked: str | None = None
-        self._note = note
+        self.since = 0.0  # when, by time.monotonic
+        self.save_asked = False
+        self.immediate = True
+        self.note, self._notice = note, notice
         self._previous: dict[signal.Signals, object] = {}
+        self._done = threading.Event()
 
     def __enter__(self) -> "Signals":
-        for number in ASKING:
+        for number in (*STOPPING, SAVING):
             self._previous[number] = signal.signal(number, self._received)
+        if self._notice:
+            threading.Thread(target=self._poll, name="notice", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._done.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() itself returned
 
     def _received(self, number: int, frame: FrameType | None) -> None:
+        if number == SAVING:
+            self.save_asked = True
+            return
         if self.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-        self._note(f"{self.asked}: saving, then leaving (Ctrl-C again leaves at once)")
+        first = self.asked is None
+        self._ask(self.asked or signal.Signals(number).name)
+        if self.immediate:
+            raise StopNow(f"stopped by {self.asked} before the first step: nothing is lost")
+        if first:
+            self.note(f"{self.asked}: saving, then leaving (Ctrl-C again leaves at once)")
+
+    def _ask(self, why: str) -> None:
+        self.asked, self.since = why, time.monotonic()
+
+    def _poll(self) -> None:
+        assert self._notice is not None
+        while not self._done.wait(POLL_S):
+            if self.asked is None and announced(self._notice):
+                signal.raise_signal(signal.SIGTERM)  # so that it is handled in the first thread, like any other
+                return
+
+
+def announced(notice: str) -> bool:
+    """Whether this machine is about to go: the file `notice` is there, or the http(s) address answers with success, as
+    those of cloud providers do from the moment of the notice on."""
+    if not notice.startswith(("http://", "https://")):
+        return Path(notice).exists()
+    try:
+        with urllib.request.urlopen(notice, timeout=2) as answer:
+            return bool(200 <= answer.status < 300)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

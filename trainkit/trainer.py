@@ -3,17 +3,19 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainkit.checkpoint import SaveFailed
 from trainkit.errors import DivergedError
 from trainkit.evaluation import Best
+from trainkit.guard import Guard, Rewind, pass_over, position
 from trainkit.learner import Learner
 from trainkit.signals import Signals
 from trainkit.throughput import Meter
+from trainkit.watchdog import Watchdog
 
-SAVE_ATTEMPTS = 3  # saves in a row that may fail before the run stops
+NOTHING, SAVE, STOP, GIVE_UP = range(4)  # what a rank may want at a step; all do what the most urgent one wants
 
 
 @dataclass
@@ -21,24 +23,34 @@ class Trainer:
     """A learner, and what a run does around it.
 
     `facts` are what a checkpoint has to agree with and the loop does not know (the data's fingerprint, the tokenizer);
-    `files` are carried into every checkpoint so that it can be used alone; `sample` writes some text with the model.
+    `files` are carried into every checkpoint so that it can be used alone; `sample` writes some text with the model;
+    `remember` makes the run's history durable; `tell` sends a message to a person who does not watch.
     """
 
     learner: Learner
     checkpointer: Any
+    checkpoint: Any
     trackers: Any
     evaluation: Any
+    guard: Guard
+    signals: Signals
+    watchdog: Watchdog
     meter: Meter
     log_every: int
     stop_at: int
     memory_in_use: Callable[[], int]
     sample: Callable[[], str] | None
+    remember: Callable[[list[Rewind]], None]
+    tell: Callable[[str], None]
     facts: Mapping[str, Any]
     files: Mapping[str, bytes]
     best: Best
     evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last evaluation, and what it found
-    saved: int = -1
-    failed_saves: int = 0
+    saved: int = -1  # the step that was saved last, or is being saved
+    failed_saves: list[SaveFailed] = field(default_factory=list)  # in a row
+    save_s: float = 0.0  # the longest save so far
+    extra: dict[str, float] = field(default_factory=dict)  # for the next step that is logged
+    left_out: int | None = None  # the last step of which was said that it was skipped
     status: str = "failed"  # until `fit` knows better
 
     def restore(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -47,29 +59,59 @@ class Trainer:
         self.best.load_state_dict(state["best"])
         self.meter.seconds = state["seconds"]
         self.saved = self.learner.step
+        self.evaluated = (-1, {})
 
     def fit(self) -> str:
-        """Train until the end, and say which end it was: `done`, `patience` or the name of a signal.
+        """Train until the end, and say which end it was: `done`, `patience` or what asked to stop.
 
         Raises:
             DivergedError: the loss or a gradient was not finite; a checkpoint from before that step is saved.
             SaveFailed: checkpoints cannot be saved any more.
         """
-        with Signals(self.trackers.note) as self.signals:
+        with self.watchdog:
             self.meter.start(self.learner.step)
             while (end := self.end()) is None:
                 self.one_step()
-            self.save(last=True)
+                self.signals.immediate = False
+                self.watchdog.beat(self.learner.step)
+            self.leave(end)
         self.status = end
         return end
 
     def end(self) -> str | None:
-        """Why the loop should stop here, if it should."""
-        if self.signals.asked:
-            return self.signals.asked
+        """Why the loop should stop here, if it should. All ranks stop, or save, at the same step."""
+        self.hear_of_saves()
+        wish = self.learner.ranks.host.max(self.wish())
+        if wish == GIVE_UP:
+            raise self.failed_saves[-1] if self.failed_saves else SaveFailed("another rank could not save")
+        if wish == STOP:
+            return self.signals.asked or "a signal to another rank"
+        if wish == SAVE:
+            self.signals.save_asked = False
+            self.save()
         if self.learner.step >= self.stop_at:
             return "done"
         return "patience" if self.best.exhausted(self.evaluation.patience) else None
+
+    def wish(self) -> int:
+        if len(self.failed_saves) >= self.checkpoint.attempts:
+            return GIVE_UP
+        return STOP if self.signals.asked else SAVE if self.signals.save_asked else NOTHING
+
+    def leave(self, end: str) -> None:
+        """The last save, unless this machine will be gone before it is done."""
+        deadline, since = self.guard.deadline_s, self.signals.since
+        late = (
+            end not in ("done", "patience")
+            and deadline is not None
+            and (time.monotonic() - since + 1.5 * self.save_s > deadline)
+        )
+        if self.learner.ranks.host.max(int(late)):
+            self.trackers.note(
+                f"a save takes {self.save_s:.0f} s, which is more than is left: step {self.saved} is the last"
+            )
+            return
+        self.save(wait=True)
 
     def one_step(self) -> None:
         metrics = self.learner.train_step()
@@ -78,21 +120,24 @@ class Trainer:
         epoch_end = int(self.epoch(step)) > int(self.epoch(step - 1))
         evaluate = last or self.evaluation.due(step)
         log = last or evaluate or step % self.log_every == 0
-        save = last or self.checkpointer.due(step, epoch_end=epoch_end)
-        if log or save or self.learner.ranks.device.type == "cpu":  # elsewhere looking would wait for the device
-            self.refuse_bad_step()
+        save = last or self.checkpoint.due(step, epoch_end=epoch_end)
+        if (log or save or self.learner.ranks.device.type == "cpu") and self.went_wrong():
+            return  # elsewhere looking would wait for the device
         record = self.read(metrics) if log else {}
         if evaluate and (found := self.evaluate()):
             record |= found
             improved = self.counts(step) and self.best.update(step, found[self.evaluation.metric])
-            save = save or (improved and self.checkpointer.keeps_best)
+            save = save or (improved and self.checkpoint.keep_best > 0)
+            if improved:
+                self.tell(f"step {step}: {self.evaluation.metric} {found[self.evaluation.metric]:.4f}, the best so far")
         if log:
             self.trackers.log(step, record)
         if save:
             self.save(epoch_end=epoch_end)
 
     def epoch(self, step: int) -> float:
-        return self.learner.loader.epoch(step)
+        """How often all samples were seen by then."""
+        return self.learner.loader.epoch(position(step, self.learner.history))
 
     def counts(self, step: int) -> bool:
         """Whether an evaluation here is one that an undisturbed run makes: where a run stops must not decide more."""
@@ -102,12 +147,13 @@ class Trainer:
         """The step's metrics as numbers: the only place that waits for the device."""
         step = self.learner.step
         record = {name: float(value) for name, value in metrics.items()} | {"epoch": self.epoch(step)}
-        return record | self.meter.read(step, self.stop_at) | {"memory_gb": self.memory_in_use() / 1e9}
+        extra, self.extra = self.extra, {}
+        return record | self.meter.read(step, self.stop_at) | {"memory_gb": self.memory_in_use() / 1e9} | extra
 
     def evaluate(self) -> dict[str, float] | None:
         """The validation split's metrics and a sample of text; None when a signal cut the evaluation short."""
         learner = self.learner
-        with self.meter.pause():
+        with self.meter.pause(), self.watchdog.phase("evaluation"):
             batches = learner.loader.validation(self.evaluation.batches)
             found = learner.task.evaluate(
                 learner.model, batches, ranks=learner.ranks, stop=lambda: self.signals.asked is not None
@@ -119,24 +165,38 @@ class Trainer:
         self.evaluated = (learner.step, found)
         return found
 
-    def save(self, *, epoch_end: bool = False, last: bool = False) -> None:
-        """Save this step, once. A save that fails warns and leaves it to the next one, unless there will be none."""
+    def save(self, *, epoch_end: bool = False, wait: bool = False) -> None:
+        """Save this step, once. One that fails warns and leaves it to the next one; with `wait` there will be none.
+
+        Raises:
+            SaveFailed: with `wait` only.
+        """
         step = self.learner.step
-        if self.saved == step:
-            return
-        with self.meter.pause():
-            begin = time.perf_counter()
-            try:
+        with self.meter.pause(), self.watchdog.phase("save"):
+            if self.saved != step:
                 facts = self.facts_of(step, epoch_end)
-                self.checkpointer.save(step, self.learner.tensors(), self.state(), self.files, facts=facts)
-            except SaveFailed as error:
-                self.failed_saves += 1
-                if last or self.failed_saves >= SAVE_ATTEMPTS:
-                    raise
-                self.trackers.note(f"warning: {error}; training goes on, and the next save tries again")
-                return
-        self.failed_saves, self.saved = 0, step
-        self.trackers.note(f"saved step {step} in {time.perf_counter() - begin:.2f} s")
+                self.checkpointer.save(step, self.learner.tensors(), self.state(), self.files, facts=facts, wait=wait)
+                self.saved = step
+            elif wait:
+                self.checkpointer.wait()
+        self.hear_of_saves()
+        if wait and self.failed_saves:
+            raise self.failed_saves[-1]
+
+    def hear_of_saves(self) -> None:
+        """Say how saves ended that were under way."""
+        for outcome in self.checkpointer.finished():
+            if outcome.error is None:
+                self.failed_saves = []
+                self.save_s = max(self.save_s, outcome.save_s)
+                self.extra |= {"checkpoint_stall_s": outcome.stall_s, "checkpoint_save_s": outcome.save_s}
+                waited = f", {outcome.stall_s:.2f} s of it waited for" if outcome.stall_s < outcome.save_s else ""
+                self.trackers.note(f"saved step {outcome.step} in {outcome.save_s:.2f} s{waited}")
+            else:
+                self.failed_saves.append(outcome.error)
+                self.saved = -1
+                self.trackers.note(f"warning: {outcome.error}; training goes on, and the next save tries again")
+                self.tell(str(outcome.error))
         self.tell_what_was_found()
 
     def tell_what_was_found(self) -> None:
@@ -154,6 +214,7 @@ class Trainer:
             "epoch": self.epoch(step),
             "epoch_end": epoch_end,
             "tokens": step * self.meter.tokens_per_step,
+            "seconds": self.meter.seconds,
         }
 
     def state(self) -> dict[str, Any]:
@@ -165,15 +226,57 @@ class Trainer:
             **self.facts,
         }
 
-    def refuse_bad_step(self) -> None:
-        """Stop at a loss or gradient that is not finite. The weights are still those before that step: keep them."""
-        bad = self.learner.failed_at()
+    def went_wrong(self) -> bool:
+        """Look for a loss or gradient that is not finite, or jumped, and do what the guard says; whether the run went
+        back.
+
+        Raises:
+            DivergedError: the guard says to stop, or has no other way left. The weights before the bad step are saved.
+        """
+        bad, skipped = self.learner.failed_at(), self.learner.skipped_at()
         if bad is None:
-            return
+            if skipped is not None and skipped != self.left_out:
+                self.left_out = skipped
+                self.trackers.note(f"warning: step {skipped + 1} was left out (samples {self.samples(skipped)})")
+            return False
         self.learner.step = bad
-        self.save(last=True)
-        ids = self.learner.loader.at(bad)["ids"].tolist()
+        samples = self.samples(bad)
+        if (
+            self.guard.policy == "rewind"
+            and len(self.learner.history) < self.guard.rewinds
+            and self.rewind(bad, samples)
+        ):
+            return True
+        self.learner.forget_bad()
+        self.save(wait=True)
         raise DivergedError(
-            f"step {bad + 1}: the loss or its gradient is not finite (batch of samples {ids}); the weights before it "
-            f"are saved as step {bad}; lower optimizer.lr, raise schedule.warmup, or look at those samples"
+            f"step {bad + 1}: the loss or its gradient is not finite or jumped (batch of samples {samples}); the weights "
+            f"before it are saved as step {bad}; lower optimizer.lr, raise schedule.warmup, or look at those samples"
         )
+
+    def samples(self, step: int) -> list[int]:
+        """The ids of the samples that the update after `step` updates learns from, over all ranks."""
+        mine = self.learner.loader.at(position(step, self.learner.history))["ids"].tolist()
+        return [sample for rank in self.learner.ranks.host.gather(mine) for sample in rank]
+
+    def rewind(self, bad: int, samples: list[int]) -> bool:
+        """Go back to the newest good checkpoint and pass over the batches around the bad one; False where there is none."""
+        with self.meter.pause(), self.watchdog.phase("rewind"):
+            self.checkpointer.wait()
+            self.hear_of_saves()
+            found = self.checkpointer.load_latest(self.learner.places)
+            if found is None:
+                return False
+            event = pass_over(bad, found.step, self.guard.pass_over, self.learner.history, samples)
+            self.learner.history.append(event)
+            self.remember(self.learner.history)
+            self.restore(found.tensors, found.state)
+        self.trackers.go_back(found.step)
+        self.meter.start(found.step)
+        note = (
+            f"warning: step {bad + 1} went wrong (samples {samples}): back to step {found.step}, and past "
+            f"{event.count} batches from {event.begin} on"
+        )
+        self.trackers.note(note)
+        self.tell(note)
+        return True

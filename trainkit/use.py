@@ -24,7 +24,7 @@ def evaluate(which: str, overrides: list[str], root: Path, *, as_json: bool) -> 
     build.check(run)
     with bytes_bar() as report:
         corpus = run.data.open(report)
-    carried = tokenizers.load(loaded.files["tokenizer.json"])
+    carried = tokenizers.load(loaded.files.get("tokenizer.json", b""))
     if corpus.tokenizer.identity != carried.identity:
         raise UserError(
             f"the checkpoint was trained with the tokenizer {carried.name} and this data has {corpus.tokenizer.name}: "
@@ -61,7 +61,7 @@ def generate(
 ) -> None:
     """Write the prompt and what the model goes on with to stdout, as it comes."""
     loaded, run = _opened(which, root)
-    tokenizer = tokenizers.load(loaded.files["tokenizer.json"])
+    tokenizer = tokenizers.load(loaded.files.get("tokenizer.json", b""))
     place = hardware.choose(device)
     model = run.task.build(run.model.build()).to(place)
     load_model(model, loaded.tensors)
@@ -90,4 +90,7 @@ def _opened(which: str, root: Path) -> tuple[Loaded, Run]:
         loaded = load(path)
     except BadCheckpoint as error:
         raise DamagedError(f"{path} is not good: {error}; `trainkit list-checkpoints` shows which are") from error
-    return loaded, runs.saved(loaded.files[runs.FILE].decode())
+    run = runs.saved(loaded.files.get(runs.FILE, b""))
+    if run.model.parameters() > sum(tensor.numel() for tensor in loaded.tensors.values()):
+        raise UserError(f"{path} is not of the model that its {runs.FILE} describes: it holds fewer parameters")
+    return loaded, run

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainkit.checkpoint import Checkpoint, Checkpointer, SaveFailed, store, tensors
+from trainkit.checkpoint import Checkpoint, Checkpointer, SaveFailed, files, layout, store, tensors
 from trainkit.checkpoint.manifest import BadCheckpoint, canonical
 from trainkit.errors import DamagedError
 
@@ -44,9 +44,12 @@ def saver(folder: Path = Path("run"), **policy: Any) -> Checkpointer:
 
 def save(it: Checkpointer, step: int, content: dict[str, torch.Tensor] | None = None, **facts: Any) -> Path:
     state = {"step": step, "text": "é", "number": 0.1}
-    return it.save(
-        step, content or {"model.w": torch.full((4,), float(step))}, state, {"run.yaml": b"x"}, facts=FACTS | facts
-    )
+    it.save(step, content or {"model.w": torch.full((4,), float(step))}, state, {"run.yaml": b"x"}, facts=FACTS | facts)
+    it.wait()
+    for outcome in it.finished():
+        if outcome.error:
+            raise outcome.error
+    return it.folder / store.step_name(step)
 
 
 def test_what_is_saved_comes_back_to_the_bit() -> None:
@@ -68,7 +71,12 @@ def test_the_library_reads_what_we_write_and_we_what_it_writes(tmp_path: Path) -
     shard = save(saver(), 1, content) / "shard-00000-of-00001.safetensors"
     theirs = load_file(shard)
     save_file(content, tmp_path / "theirs.safetensors")
-    ours = tensors.read(bytearray((tmp_path / "theirs.safetensors").read_bytes()))
+    ours = {}
+    file = tmp_path / "theirs.safetensors"
+    with files.Reading(file, file.stat().st_size) as source:
+        for name, dtype, shape, fill in tensors.stream(source):
+            ours[name] = torch.empty(shape, dtype=dtype)
+            fill(ours[name])
     for name, tensor in content.items():
         for other in (theirs[name], ours[name]):
             assert other.dtype == tensor.dtype
@@ -77,8 +85,7 @@ def test_the_library_reads_what_we_write_and_we_what_it_writes(tmp_path: Path) -
 
 def test_large_states_go_into_several_files(monkeypatch: pytest.MonkeyPatch) -> None:
     content = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
-    assert [len(names) for names in tensors.shards(content, limit=100).values()] == [2, 2, 1]
-    monkeypatch.setattr(tensors.shards, "__defaults__", (100,))
+    monkeypatch.setattr(layout.plan, "__defaults__", ((), 100))
     path = save(saver(), 1, content)
     assert len(list(path.glob("shard-*-of-00003.safetensors"))) == 3
     assert all(torch.equal(store.load(path).tensors[k], v) for k, v in content.items())
@@ -217,14 +224,16 @@ def test_going_back_sets_newer_ones_aside() -> None:
 def test_a_save_that_is_read_back_wrong_is_no_save(monkeypatch: pytest.MonkeyPatch) -> None:
     it = saver()
     save(it, 1)
-    real = store.files.rename_new
+    real = files.write
 
-    def bit_rot(old: Path, new: Path) -> None:
-        real(old, new)
-        (new / "run.yaml").write_bytes(b"y")
+    def bit_rot(path: Path, parts: Any) -> Any:
+        facts = real(path, parts)
+        if path.name == "run.yaml":
+            path.write_bytes(b"y")
+        return facts
 
-    monkeypatch.setattr(store.files, "rename_new", bit_rot)
-    with pytest.raises(SaveFailed, match="was not on the disk as it was written"):
+    monkeypatch.setattr(files, "write", bit_rot)
+    with pytest.raises(SaveFailed, match="is not on the disk as it was written"):
         save(it, 2)
     found = it.load_latest()
     assert found is not None
@@ -234,8 +243,9 @@ def test_a_save_that_is_read_back_wrong_is_no_save(monkeypatch: pytest.MonkeyPat
 def test_a_number_that_is_none_is_not_saved() -> None:
     it = saver()
     save(it, 1)
-    with pytest.raises(SaveFailed):
-        it.save(2, {}, {"loss": float("nan")}, {}, facts=FACTS)
+    it.save(2, {}, {"loss": float("nan")}, {}, facts=FACTS, wait=True)
+    (outcome,) = (o for o in it.finished() if o.step == 2)
+    assert isinstance(outcome.error, SaveFailed)
     assert [p.name for p in it.folder.iterdir()] == ["step-0000000001"]
 
 

@@ -5,7 +5,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 
 import xxhash
 
@@ -13,10 +15,12 @@ from trainkit.atomic import sync_folder
 
 _CHUNK = 8 << 20
 _NOREPLACE, _AT_FDCWD = 1, -100
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Hashed:
-    """A new file, hashed while it is written. It is on the disk when `close` returns.
+    """A new file, hashed in another thread while it is written. It is on the disk when `close` returns.
 
     An fsync that fails is never tried again: the kernel may have dropped the pages and report success the second time
     (https://lwn.net/Articles/752063). The error goes up and the file is abandoned.
@@ -26,30 +30,93 @@ class Hashed:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, 0o644)
         self._digest = xxhash.xxh3_128()
+        self._hasher: ThreadPoolExecutor | None = None
+        self._hashed: Future[None] | None = None
         self._size = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append all of `data`, however little a call takes."""
+        """Append all of `data`, however little a call takes. It must not change before `close`."""
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        self._digest.update(view)
         self._size += len(view)
+        self._hash(view)
         while view:
             written = os.write(self._descriptor, view[:_CHUNK])
             if written == 0:
                 raise OSError(errno.EIO, "the disk took nothing")
+            if written == _CHUNK:
+                _begin_writeback(self._descriptor)
             view = view[written:]
 
     def close(self) -> dict[str, int | str]:
         """Make the content durable, and say its size and hash."""
         os.fsync(self._descriptor)
+        if self._hashed is not None:
+            self._hashed.result()
         self.abandon()
         return {"size": self._size, "xxh3_128": self._digest.hexdigest()}
 
     def abandon(self) -> None:
         """Close without a promise."""
+        if self._hasher is not None:
+            self._hasher.shutdown()
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+
+    def _hash(self, view: memoryview) -> None:
+        if len(view) < _CHUNK and self._hasher is None:
+            self._digest.update(view)
+            return
+        if self._hasher is None:
+            self._hasher = ThreadPoolExecutor(1)
+        if self._hashed is not None:
+            self._hashed.result()  # at most one tensor behind
+        self._hashed = self._hasher.submit(self._digest.update, view)
+
+
+class Reading:
+    """A regular file, hashed while it is read, that follows no link and is not longer than `limit` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a regular file, or has another size than `size`, or ends before it should.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._name, self._left = path.name, size
+        self._digest = xxhash.xxh3_128()
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        found = os.fstat(self._descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            os.close(self._descriptor)
+            raise ValueError(f"{path.name} is not a regular file of {size} bytes")
+
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the next bytes."""
+        if len(view) > self._left:
+            raise ValueError(f"{self._name} ends before it should")
+        self._left -= len(view)
+        while view:
+            got = os.readv(self._descriptor, [view[:_CHUNK]])
+            if got == 0:
+                raise ValueError(f"{self._name} was cut short while it was read")
+            self._digest.update(view[:got])
+            view = view[got:]
+
+    def rest(self) -> str:
+        """Read what is left, and give the hash of all."""
+        scratch = memoryview(bytearray(min(self._left, _CHUNK)))
+        while self._left:
+            self.read_into(scratch[: min(self._left, len(scratch))])
+        return self._digest.hexdigest()
 
 
 def write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int | str]:
@@ -67,30 +134,21 @@ def write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int | st
         file.abandon()
 
 
-def read(path: Path, limit: int) -> bytearray:
-    """A regular file's content, following no link.
+def read(path: Path, limit: int) -> bytes:
+    """A small file's content, as `Reading` reads it, of at most `limit` bytes."""
+    size = path.lstat().st_size
+    if size > limit:
+        raise ValueError(f"{path.name} has {size} bytes, at most {limit} were expected")
+    content = bytearray(size)
+    with Reading(path, size) as file:
+        file.read_into(memoryview(content))
+    return bytes(content)
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a regular file, or longer than `limit` bytes.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path.name} is not a regular file")
-        if found.st_size > limit:
-            raise ValueError(f"{path.name} has {found.st_size} bytes, at most {limit} were expected")
-        content = bytearray(found.st_size)
-        view, filled = memoryview(content), 0
-        while filled < len(content):
-            got = os.readv(descriptor, [view[filled : filled + _CHUNK]])
-            if got == 0:
-                raise ValueError(f"{path.name} was cut short while it was read")
-            filled += got
-        return content
-    finally:
-        os.close(descriptor)
+
+def hash_of(path: Path, size: int) -> str:
+    """The hash of a file of that size. Raises what `Reading` does."""
+    with Reading(path, size) as file:
+        return file.rest()
 
 
 def forget(path: Path) -> None:
@@ -102,6 +160,13 @@ def forget(path: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+def _begin_writeback(descriptor: int) -> None:
+    """Let the disk begin with what is written, so that the fsync at the end finds little to do. A wish: where it cannot
+    be heard nothing is lost."""
+    if hasattr(_libc, "sync_file_range"):
+        _libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 def rename_new(old: Path, new: Path) -> None:
@@ -119,10 +184,9 @@ def rename_new(old: Path, new: Path) -> None:
 
 def _renamed_without_replacing(old: Path, new: Path) -> bool:
     """Linux's renameat2; False where the C library or the file system has none."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
+    if not hasattr(_libc, "renameat2"):
         return False
-    if libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _NOREPLACE) == 0:
+    if _libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _NOREPLACE) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.ENOSYS, errno.EINVAL):

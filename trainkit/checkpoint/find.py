@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainkit.checkpoint import FOLDER, Checkpoint, store, tiers_of
+from trainkit.checkpoint import FOLDER, Keeping, store, tiers_of
 from trainkit.checkpoint.manifest import BadCheckpoint
 from trainkit.errors import DamagedError, UserError, nearest
 
-Policy = Callable[[Path], tuple[Checkpoint, bool]]  # a run's folder to its policy and whether higher is better
+Policy = Callable[[Path], Keeping]  # a run's folder to what its config says of its tiers
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def _of_run(folder: Path, which: str, policy: Policy) -> Path:
     if which == "latest":
         return good[-1][0]
     if which == "best":
-        checkpoints, higher = policy(folder)
-        belongs = tiers_of([m for _, m in good], checkpoints, higher)
+        belongs = tiers_of([m for _, m in good], policy(folder))
         best = [path for path, m in good if "best" in belongs[m.step]]
         if not best:
             raise UserError(f"the run {folder.name} has no best checkpoint: none was saved where it was evaluated")
@@ -118,8 +117,7 @@ def _runs(root: Path) -> list[str]:
 
 
 def _entries(folder: Path, policy: Policy) -> list[Entry]:
-    checkpoints, higher = policy(folder)
-    belongs = tiers_of([m for _, m in store.whole(folder / FOLDER)], checkpoints, higher)
+    belongs = tiers_of([m for _, m in store.whole(folder / FOLDER)], policy(folder))
     return [_entry(path, folder.name, belongs) for path in store.folders(folder / FOLDER)]
 
 

@@ -1,45 +1,50 @@
-"""One checkpoint: written so that it is there whole or not at all, read so that nothing else passes for it.
+"""One checkpoint on the disk: what it is called, what it must be, and reading it so that nothing else passes for it.
 
 step-0000001000/
-  shard-00000-of-00001.safetensors   all tensors
+  shard-00000-of-00004.safetensors   tensors, or slices of them, as one rank wrote them
   train_state.json                   all else that a run goes on from
   run.yaml, tokenizer.json, ...      files carried along, so that the folder can be used alone
-  manifest.json                      size and hash of every file, and its own
+  manifest.json                      size and hash of every file, where every tensor lies, and its own hash
 """
 
 import contextlib
+import errno
 import os
 import re
-import shutil
 import stat
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor
 
-from trainkit.atomic import sync_folder
-from trainkit.checkpoint import files
+from trainkit.checkpoint import files, layout, packed
 from trainkit.checkpoint import manifest as manifests
 from trainkit.checkpoint import tensors as tensor_files
+from trainkit.checkpoint.layout import Box, local_boxes
 from trainkit.checkpoint.manifest import BadCheckpoint, Manifest
+from trainkit.parallel import Group
 
 STATE = "train_state.json"
 _STEP = re.compile(r"step-(\d{10})")
 PARTIAL, TRASH, BAD = ".tmp-", ".trash-", ".bad-"
+# what says that the bytes are not there any more; that they cannot be reached now, for want of rights or memory, is no
+# reason to give a checkpoint up
+_GONE = {errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EBADMSG, errno.EUCLEAN}
+Places = Callable[[Mapping[str, Mapping[str, Any]]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A verified checkpoint's content; tensors are on the CPU."""
+    """A verified checkpoint's content."""
 
     path: Path
     step: int
     manifest: Manifest
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     state: dict[str, Any]
     files: dict[str, bytes]
 
@@ -72,50 +77,6 @@ def whole(root: Path) -> list[tuple[Path, Manifest]]:
     return found
 
 
-def commit(
-    folder: Path,
-    run: str,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    carried: Mapping[str, bytes],
-    *,
-    facts: Mapping[str, Any],
-    versions: Mapping[str, str],
-) -> Path:
-    """Save a checkpoint. When this returns it is on the disk, under its final name, and was read back and verified.
-
-    Every file is written into a hidden folder and fsynced, then the folder; one rename that replaces nothing makes it
-    visible, and an fsync of the parent keeps it so.
-
-    Raises:
-        OSError: the disk refused something; nothing of this checkpoint is left to be found.
-        BadCheckpoint: what was read back is not what was written.
-    """
-    final = folder / step_name(step)
-    partial = folder / f"{PARTIAL}{final.name}-{os.getpid()}"
-    partial.mkdir()
-    try:
-        written, placed = {}, tensor_files.describe(tensors)
-        for name, inside in tensor_files.shards(tensors).items():
-            written[name] = files.write(partial / name, tensor_files.parts({t: tensors[t] for t in inside}))
-            for tensor in inside:
-                placed[tensor]["file"] = name
-        for name, content in {**carried, STATE: manifests.canonical(state)}.items():
-            written[name] = files.write(partial / name, [content])
-        manifest = Manifest(run, step, time.time(), versions, facts, written, placed)
-        files.write(partial / manifests.NAME, [manifest.encode()])
-        sync_folder(partial)
-        files.rename_new(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for name in written:
-        files.forget(final / name)
-    verify(final)
-    return final
-
-
 def inspect(path: Path) -> Manifest:
     """A checkpoint's manifest, after the cheap checks: it is whole, belongs here, and every file is there in its size.
 
@@ -125,7 +86,7 @@ def inspect(path: Path) -> Manifest:
     try:
         if not stat.S_ISDIR(path.lstat().st_mode):
             raise BadCheckpoint("not a folder")
-        manifest = manifests.decode(bytes(files.read(path / manifests.NAME, manifests.MAX_BYTES)))
+        manifest = manifests.decode(files.read(path / manifests.NAME, manifests.MAX_BYTES))
         there = {entry.name: entry for entry in os.scandir(path)}
         if manifest.step != step_of(path.name):
             raise BadCheckpoint(f"it says that it is step {manifest.step}")
@@ -138,6 +99,8 @@ def inspect(path: Path) -> Manifest:
     except BadCheckpoint:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno not in _GONE:
+            raise
         raise BadCheckpoint(str(error)) from error
     return manifest
 
@@ -150,41 +113,112 @@ def verify(path: Path) -> Manifest:
     """
     manifest = inspect(path)
     for name, facts in manifest.files.items():
-        _content(path, name, facts)
+        with _blamed(name):
+            _same(files.hash_of(path / name, facts["size"]), facts)
     return manifest
 
 
 def load(path: Path) -> Loaded:
-    """A checkpoint's content. What is hashed is what is used: no byte is read twice, and none is executed.
+    """A checkpoint's content, with all tensors whole and on the CPU.
 
     Raises:
         BadCheckpoint: it is not what was saved.
     """
+    return read(path, on_cpu)
+
+
+def on_cpu(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Room for whole tensors in host memory."""
+    return {
+        name: torch.empty(facts["shape"], dtype=tensor_files.DTYPES[facts["dtype"]])
+        for name, facts in described.items()
+    }
+
+
+def read(path: Path, places: Places, group: Group | None = None) -> Loaded:
+    """A checkpoint's content. `places` gives the tensors that it goes into, for those that are wanted: whole ones or
+    slices, on any device. Nothing else of its size is held: no byte is read twice, and none is executed.
+
+    A rank reads the files that it needs; together the ranks of `group` hash all of them.
+
+    Raises:
+        BadCheckpoint: it is not what was saved. The places then hold parts of it.
+    """
     manifest = inspect(path)
-    tensors: dict[str, Tensor] = {}
-    carried: dict[str, bytes] = {}
-    for name, facts in manifest.files.items():
-        content = _content(path, name, facts)
-        if name.endswith(".safetensors"):
-            try:
-                tensors |= tensor_files.read(content)
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadCheckpoint(f"{name}: {error}") from error
-        else:
-            carried[name] = bytes(content)
-    if tensor_files.describe(tensors) != {
-        name: {"dtype": t["dtype"], "shape": t["shape"]} for name, t in manifest.tensors.items()
-    }:
-        raise BadCheckpoint("its tensors are not those of its manifest")
-    state = manifests.parse(carried.pop(STATE))
-    return Loaded(path, manifest.step, manifest, tensors, state, carried)
-
-
-def _content(path: Path, name: str, facts: Mapping[str, Any]) -> bytearray:
+    group = group or Group()
     try:
-        content = files.read(path / name, int(facts["size"]))
-    except (OSError, ValueError) as error:
+        boxes = layout.boxes_by_file(manifest.tensors)
+        into = places(manifest.tensors)
+    except (ValueError, TypeError, KeyError) as error:
+        if hasattr(error, "exit_code"):
+            raise
+        raise BadCheckpoint(f"its manifest is not one: {error}") from error
+    held = {name: local_boxes(name, tensor) for name, tensor in into.items()}
+    carried: dict[str, bytes] = {}
+    for number, (name, facts) in enumerate(sorted(manifest.files.items())):
+        with _blamed(name):
+            if name not in boxes:
+                carried[name] = files.read(path / name, facts["size"])
+                _same(xxhash.xxh3_128_hexdigest(carried[name]), facts)
+            elif number % group.size == group.rank or any(_wanted(box, held) for box in boxes[name].values()):
+                with files.Reading(path / name, facts["size"]) as file:
+                    _read_shard(file, name, facts["size"], boxes[name], held, manifest.tensors)
+                    _same(file.rest(), facts)
+    state = manifests.parse(carried.pop(STATE))
+    return Loaded(path, manifest.step, manifest, into, state, carried)
+
+
+def _read_shard(
+    file: files.Reading,
+    name: str,
+    size: int,
+    boxes: Mapping[str, Box],
+    held: Mapping[str, list[tuple[Box, Tensor]]],
+    described: Mapping[str, Mapping[str, Any]],
+) -> None:
+    source: tensor_files.Source = packed.Unpacked(file, size) if name.endswith(packed.SUFFIX) else file
+    left = set(boxes)
+    for key, dtype, shape, fill in tensor_files.stream(source):
+        box = boxes.get(key)
+        if box is None or box.shape != shape or tensor_files.dtype_name(dtype) != described[box.name]["dtype"]:
+            raise ValueError(f"the tensor {key} is not that of the manifest")
+        left.discard(key)
+        _put(box, dtype, fill, held.get(box.name, []))
+    if left:
+        raise ValueError(f"the tensor {min(left)} is missing")
+
+
+def _put(box: Box, dtype: torch.dtype, fill: Callable[[Tensor], None], held: list[tuple[Box, Tensor]]) -> None:
+    """Read a box into those that are held and overlap it; straight into its place where it lies there as in the file."""
+    wanted = [(found, tensor) for other, tensor in held if (found := layout.overlap(box, other))]
+    if not wanted:
+        return
+    (of_box, of_held), tensor = wanted[0]
+    place = tensor[of_held]
+    as_in_file = place.shape == box.shape and place.is_contiguous() and place.dtype == dtype
+    if len(wanted) == 1 and as_in_file and place.device.type == "cpu":
+        fill(place)
+        return
+    scratch = torch.empty(box.shape, dtype=dtype)
+    fill(scratch)
+    for (of_box, of_held), tensor in wanted:
+        tensor[of_held].copy_(scratch[of_box])
+
+
+def _wanted(box: Box, held: Mapping[str, list[tuple[Box, Tensor]]]) -> bool:
+    return any(layout.overlap(box, other) is not None for other, _ in held.get(box.name, []))
+
+
+def _same(digest: str, facts: Mapping[str, Any]) -> None:
+    if digest != facts["xxh3_128"]:
+        raise ValueError("it is not what was saved: its hash differs")
+
+
+@contextlib.contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        if hasattr(error, "exit_code") or (isinstance(error, OSError) and error.errno not in _GONE):
+            raise
         raise BadCheckpoint(f"{name}: {error}") from error
-    if len(content) != facts["size"] or xxhash.xxh3_128_hexdigest(content) != facts["xxh3_128"]:
-        raise BadCheckpoint(f"{name} is not what was saved: its hash differs")
-    return content

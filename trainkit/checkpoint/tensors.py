@@ -1,4 +1,4 @@
-"""Tensors as safetensors files (https://github.com/huggingface/safetensors), written one tensor at a time.
+"""Tensors as safetensors files (https://github.com/huggingface/safetensors), written and read one tensor at a time.
 
 A header of 8 bytes for its length and JSON for the names, dtypes, shapes and places, then raw little-endian numbers. The
 library's own reader and writer would hold a second copy of everything.
@@ -6,12 +6,13 @@ library's own reader and writer would hold a second copy of everything.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-SHARD_BYTES = 4 << 30
+MAX_HEADER = 100 << 20
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -26,21 +27,20 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_SCRATCH = 8 << 20
 
 
-def shards(tensors: Mapping[str, Tensor], limit: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """Which tensors go into which file: `shard-00000-of-00002.safetensors` and so on, each of at most `limit` bytes
-    unless one tensor is larger."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += tensor.nbytes
-    return {f"shard-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
+class Source(Protocol):
+    """Bytes in order."""
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view`; ValueError where the bytes end before it does."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a file calls it."""
+    return _NAMES[dtype]
 
 
 def parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -57,32 +57,60 @@ def parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
         if tensor.numel():
-            flat = tensor.detach().cpu().contiguous().flatten()
-            yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+            yield raw(tensor.detach().cpu().contiguous())
 
 
-def describe(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
-    """What a manifest says of each tensor."""
-    return {name: {"dtype": _NAMES[t.dtype], "shape": list(t.shape)} for name, t in tensors.items()}
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, to read or to write."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
-def read(content: bytearray) -> dict[str, Tensor]:
-    """The tensors of a safetensors file's content, on the CPU. They are views of `content`: nothing is copied.
+def stream(source: Source) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[Tensor], None]]]:
+    """The tensors of a safetensors file in the order of its bytes: name, dtype, shape, and a function that reads it into
+    a contiguous tensor on the CPU. One that is not read is passed over.
 
     Raises:
         ValueError: the header is none, or a tensor is not where it says.
     """
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or length > len(content) - 8:
-        raise ValueError("its header is longer than the file")
-    header = json.loads(content[8 : 8 + length])
-    base = 8 + length
-    tensors = {}
-    for name, facts in header.items():
-        dtype, shape, (begin, end) = _DTYPES[facts["dtype"]], facts["shape"], facts["data_offsets"]
-        count = math.prod(shape)
-        if not 0 <= begin <= end <= len(content) - base or count * dtype.itemsize != end - begin:
+    length = int.from_bytes(_taken(source, 8), "little")
+    if length > MAX_HEADER:
+        raise ValueError("its header is longer than any")
+    header = json.loads(_taken(source, length))
+    place = 0
+    for name, dtype, shape, begin, end in sorted((_facts(n, f) for n, f in header.items()), key=lambda f: f[3:]):
+        if begin != place or math.prod(shape) * dtype.itemsize != end - begin:
             raise ValueError(f"the tensor {name} is not where the header says")
-        flat = torch.frombuffer(content, dtype=dtype, count=count, offset=base + begin) if count else torch.empty(0)
-        tensors[name] = flat.to(dtype).reshape(shape)
-    return tensors
+        place, done = end, False
+
+        def fill(tensor: Tensor, name: str = name, dtype: torch.dtype = dtype, size: int = end - begin) -> None:
+            nonlocal done
+            assert (tensor.dtype, tensor.nbytes, tensor.is_contiguous()) == (dtype, size, True), name
+            if size:
+                source.read_into(raw(tensor))
+            done = True
+
+        yield name, dtype, shape, fill
+        if not done:
+            _pass_over(source, end - begin)
+
+
+def _facts(name: str, facts: Any) -> tuple[str, torch.dtype, tuple[int, ...], int, int]:
+    begin, end = facts["data_offsets"]
+    shape = tuple(facts["shape"])
+    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError(f"the tensor {name} is not where the header says")
+    return name, DTYPES[facts["dtype"]], shape, begin, end
+
+
+def _taken(source: Source, size: int) -> bytearray:
+    content = bytearray(size)
+    if size:
+        source.read_into(memoryview(content))
+    return content
+
+
+def _pass_over(source: Source, size: int) -> None:
+    scratch = memoryview(bytearray(min(size, _SCRATCH)))
+    while size:
+        source.read_into(scratch[: min(size, len(scratch))])
+        size -= min(size, len(scratch))

@@ -8,7 +8,9 @@
 A split is a list of `[file, start, stop]`, in ids. The index is written last: a folder without one is not prepared.
 """
 
-import json
+import os
+import re
+import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +23,13 @@ from numpy.typing import NDArray
 from trainkit.data import tokenizers
 from trainkit.data.tokenizers import Tokenizer
 from trainkit.errors import UserError
+from trainkit.strict import one_line, parse_json, read_file, reason
 
 FORMAT = 1
 INDEX, TOKENIZER = "index.json", "tokenizer.json"
+MAX_INDEX = 64 << 20  # bytes: of some two terabytes of text
+MAX_TOKENS = 1 << 48
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass
@@ -43,9 +49,7 @@ class Split:
 
     @cached_property
     def _files(self) -> list[NDArray[Any]]:
-        return [
-            np.memmap(self.folder / name, dtype=self.dtype, mode="r")[start:stop] for name, start, stop in self.segments
-        ]
+        return [_mapped(self.folder / name, self.dtype, stop)[start:stop] for name, start, stop in self.segments]
 
     @cached_property
     def _begins(self) -> NDArray[np.int64]:
@@ -91,28 +95,22 @@ class Corpus:
 
 
 def open_corpus(folder: Path, name: str | None = None) -> Corpus:
-    """The corpus that `prepare` wrote into `folder`.
+    """The corpus that `prepare` wrote into `folder`, which may have come from anyone: no file outside it is opened.
 
     Raises:
         UserError: it is not there, or a file is missing or has another size than the index says.
     """
+    index = _index(folder)
     try:
-        index = json.loads((folder / INDEX).read_bytes())
-        saved = (folder / TOKENIZER).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder} holds no token shards: make them with trainkit prepare SOURCE --out {folder}"
-        ) from error
+        saved = read_file(folder / TOKENIZER, tokenizers.MAX_BYTES, follow=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/{INDEX} cannot be read: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise UserError(f"{folder} was prepared by another version of trainkit: prepare it again")
+        raise UserError(f"{folder}/{TOKENIZER} cannot be read: {reason(error)}") from error
     tokenizer = tokenizers.load(saved)
-    if tokenizer.identity != index["tokenizer"]:
+    if tokenizer.identity != index.get("tokenizer"):
         raise UserError(f"{folder}/{TOKENIZER} is not the tokenizer that the shards were made with")
     width = np.dtype(index["dtype"]).itemsize
     for file, facts in index["files"].items():
-        size = (folder / file).stat().st_size if (folder / file).exists() else None
+        size = _size(folder / file)
         if size != facts["tokens"] * width:
             raise UserError(f"{folder}/{file} is {'missing' if size is None else 'cut short'}: prepare it again")
     splits = {k: Split(folder, [(f, a, b) for f, a, b in v], index["dtype"]) for k, v in index["splits"].items()}
@@ -128,8 +126,82 @@ def open_corpus(folder: Path, name: str | None = None) -> Corpus:
 
 def verify(folder: Path) -> list[str]:
     """The files whose content is not what the index says; none of them when all is well."""
-    index = json.loads((folder / INDEX).read_bytes())
-    return [f for f, facts in index["files"].items() if hash_file(folder / f) != facts["xxh3_128"]]
+    files = _index(folder)["files"]
+    return [f for f, facts in files.items() if _size(folder / f) is None or hash_file(folder / f) != facts["xxh3_128"]]
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """A folder's index, every field that is used of its type and in its range.
+
+    Raises:
+        UserError: there is none, or it is wrong.
+    """
+    try:
+        index = parse_json(read_file(folder / INDEX, MAX_INDEX, follow=False), max_bytes=MAX_INDEX)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no token shards: make them with trainkit prepare SOURCE --out {folder}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/{INDEX} cannot be read: {reason(error)}") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise UserError(f"{folder} was prepared by another version of trainkit: prepare it again")
+    if wrong := _wrong(index):
+        raise UserError(one_line(f"{folder}/{INDEX} is no index: {wrong}"))
+    return index
+
+
+def _wrong(index: dict[str, Any]) -> str | None:
+    """What in an index is not what it should be."""
+    files, splits = index.get("files"), index.get("splits")
+    if index.get("dtype") not in ("<u2", "<u4"):
+        return f"its dtype {index.get('dtype')!r} is none of <u2 and <u4"
+    if not isinstance(index.get("fingerprint"), str) or not isinstance(files, dict) or not isinstance(splits, dict):
+        return "it lacks its fingerprint, its files or its splits"
+    for file, facts in files.items():
+        if not _FILE.fullmatch(file) or file in (INDEX, TOKENIZER):
+            return f"it names a file {file!r}"
+        if not isinstance(facts, dict) or not _is_count(facts.get("tokens"), MAX_TOKENS):
+            return f"the tokens of {file} are no number"
+    if set(splits) != {"train", "validation"}:
+        return "its splits are not train and validation"
+    for split, segments in splits.items():
+        if not isinstance(segments, list) or not all(_is_segment(s, files) for s in segments):
+            return f"a part of its {split} is not inside its files"
+    return None
+
+
+def _is_segment(value: Any, files: dict[str, Any]) -> bool:
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], str) or value[0] not in files:
+        return False
+    _, start, stop = value
+    return _is_count(stop, files[value[0]]["tokens"]) and _is_count(start, stop)
+
+
+def _is_count(value: Any, limit: int) -> bool:
+    return type(value) is int and 0 <= value <= limit
+
+
+def _size(path: Path) -> int | None:
+    """A file's size; None where there is none, or only a link, which may lead anywhere."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _mapped(path: Path, dtype: str, tokens: int) -> NDArray[Any]:
+    """The first `tokens` ids of a file, mapped into memory.
+
+    Raises:
+        UserError: it is not there any more as it was when the index was read.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
+            return np.memmap(file, dtype=dtype, mode="r", shape=(tokens,)) if tokens else np.empty(0, dtype)
+    except (OSError, ValueError) as error:  # ValueError: it is shorter
+        raise UserError(f"{path} is missing or cut short: prepare it again") from error
 
 
 def hash_file(path: Path) -> str:

@@ -6,7 +6,9 @@ A tokenizer can be written into a checkpoint (`save`) and read from it (`load`):
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +17,13 @@ from numpy.typing import NDArray
 
 from trainkit.config import Count, config, how
 from trainkit.errors import UserError
+from trainkit.strict import one_line, parse_json, read_file, reason, refuse_large
 
 END = "<|endoftext|>"
 TIKTOKEN = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}  # with their special tokens
+MAX_BYTES = 96 << 20  # of a tokenizer; the largest in use have half as many
+MAX_NODES = 2_250_000  # values in its JSON; they have two millions
+MAX_VOCAB = 1 << 20
 _TIKTOKEN_NAMES = {"gpt2": "gpt2", "cl100k": "cl100k_base", "o200k": "o200k_base"}
 
 
@@ -75,14 +81,19 @@ class JsonTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Fast
 
         try:
-            self._fast = Fast.from_str(text)
+            refuse_large(text, max_nodes=MAX_NODES)  # what the library makes of each takes memory
+            with _panics_are_errors():
+                self._fast = Fast.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{name} is not a tokenizer.json: {error}") from error
+            raise UserError(one_line(f"{name} is not a tokenizer.json: {error}")) from error
         self._fast.encode_special_tokens = True
         self._fast.no_padding()
         self._fast.no_truncation()
         self.name, self._text = name, text
-        size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self._fast.get_vocab(with_added_tokens=True).values() if self._fast.get_vocab_size() <= MAX_VOCAB else ()
+        size = max(ids, default=MAX_VOCAB) + 1
+        if size > MAX_VOCAB:
+            raise UserError(one_line(f"{name} has no ids, or some beyond {MAX_VOCAB}"))
         named = [self._fast.token_to_id(t) for t in (END, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")]
         known = [i for i in named if i is not None]
         self.eos = known[0] if known else size
@@ -96,7 +107,7 @@ class JsonTokenizer(Tokenizer):
         return decoded
 
     def token_bytes(self) -> NDArray[np.int32]:
-        model = json.loads(self._text)
+        model = json.loads(self._text)  # neither large nor deep, and the library has read it: see __init__
         specials = {t["id"] for t in model.get("added_tokens", []) if t.get("special")} | {self.eos}
         byte_level = "ByteLevel" in json.dumps(model.get("decoder") or {})  # one character a byte
         sizes = np.zeros(self.vocab, dtype=np.int32)
@@ -150,29 +161,65 @@ def load(saved: bytes) -> Tokenizer:
         UserError: it is none.
     """
     try:
-        value = json.loads(saved)
-        match value["kind"]:
+        value = parse_json(saved, max_bytes=MAX_BYTES, max_nodes=MAX_NODES)
+        kind = value["kind"]
+        match kind:
             case "bytes":
                 return BytesTokenizer()
             case "json":
-                return JsonTokenizer(value["tokenizer"], value["name"])
+                if isinstance(value["tokenizer"], str) and isinstance(value["name"], str):
+                    return JsonTokenizer(value["tokenizer"], value["name"])
             case "tiktoken":
-                from tiktoken import Encoding
-
-                tokens = [base64.b64decode(t) for t in value["ranks"].split(" ")]
-                ids = value["ids"] or range(len(tokens))
-                return TiktokenTokenizer(
-                    value["name"],
-                    Encoding(
-                        value["name"],
-                        pat_str=value["pattern"],
-                        mergeable_ranks=dict(zip(tokens, ids, strict=True)),
-                        special_tokens=value["special"],
-                    ),
-                )
+                return _tiktoken(value)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"not a saved tokenizer: {error}") from error
-    raise UserError(f"not a saved tokenizer: kind {value['kind']}")
+        raise UserError(one_line(f"not a saved tokenizer: {error}")) from error
+    raise UserError(one_line(f"not a saved tokenizer: kind {kind!r}"))
+
+
+def _tiktoken(value: dict[str, Any]) -> TiktokenTokenizer:
+    """What `TiktokenTokenizer.save` wrote. The library takes ids on trust, and panics where two tokens have one.
+
+    Raises:
+        KeyError, ValueError, TypeError: it is something else.
+    """
+    from tiktoken import Encoding
+
+    name, ranks, special = value["name"], value["ranks"], value["special"]
+    if not all(isinstance(text, str) for text in (name, ranks, value["pattern"])) or not isinstance(special, dict):
+        raise ValueError("a field has another type than it should")
+    if ranks.count(" ") >= MAX_VOCAB:
+        raise ValueError(f"it has more than {MAX_VOCAB} tokens")
+    tokens = [base64.b64decode(token, validate=True) for token in ranks.split(" ")]
+    ids = value["ids"] if value["ids"] is not None else range(len(tokens))
+    ranked = dict(zip(tokens, ids, strict=True))
+    every = [*ids, *special.values()]
+    if not all(type(i) is int and 0 <= i < MAX_VOCAB for i in every):
+        raise ValueError(f"an id is none below {MAX_VOCAB}")
+    if len(ranked) < len(tokens) or len(set(every)) < len(every):
+        raise ValueError("a token or an id stands twice")
+    with _panics_are_errors():
+        encoding = Encoding(name, pat_str=value["pattern"], mergeable_ranks=ranked, special_tokens=special)
+    return TiktokenTokenizer(name, encoding)
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """A library in Rust that panics raises what is no `Exception`, after it wrote a page to stderr: here a ValueError,
+    and no page."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"its library gave up: {error}") from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @config
@@ -206,9 +253,10 @@ class TokenizerConfig:
         if self.kind == "file":
             assert self.path is not None
             try:
-                return JsonTokenizer(Path(self.path).read_text(), Path(self.path).name)
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"data.tokenizer.path={self.path} cannot be read: {error}") from error
+                text = read_file(Path(self.path), MAX_BYTES).decode()
+            except (OSError, ValueError) as error:
+                raise UserError(f"data.tokenizer.path={self.path} cannot be read: {reason(error)}") from error
+            return JsonTokenizer(text, Path(self.path).name)
         import tiktoken
 
         try:

@@ -1,6 +1,6 @@
 """An optimizer's state by parameter name, which is what a checkpoint can hold and any layout can read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,26 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return named
 
 
+def places(model: nn.Module, described: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, Tensor]:
+    """Room for the state of those names, shapes and dtypes: laid out as the parameter that it belongs to, wherever that lies.
+
+    Raises:
+        UserError: a name belongs to no parameter here, or a shape is another's.
+    """
+    parameters = dict(model.named_parameters())
+    made = {}
+    for full, (shape, dtype) in described.items():
+        parameter = parameters.get(full.rpartition(".")[0])
+        if parameter is None:
+            raise UserError(f"the checkpoint's optimizer has state for {full}, which this model lacks")
+        if shape and tuple(shape) != tuple(parameter.shape):
+            raise UserError(f"the checkpoint's optimizer is another's: {full} is {tuple(shape)} there")
+        made[full] = torch.empty_like(parameter.detach(), dtype=dtype) if shape else torch.empty((), dtype=dtype)
+    return made
+
+
 def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None:
-    """Give `optimizer`, freshly built or not, the state that `named_state` took.
+    """Give `optimizer`, freshly built or not, the state that `named_state` took. The tensors are its own from now on.
 
     Raises:
         UserError: a name belongs to no parameter here, or a shape is another's.
@@ -33,7 +51,7 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, named: 
             if value.ndim and value.shape != parameter.shape:
                 raise UserError(f"the checkpoint's optimizer is another's: {full} is {tuple(value.shape)} there")
             on_device = value.ndim > 0 or _device_scalars(optimizer)
-            state[key] = value.to(parameter.device if on_device else "cpu", copy=True)
+            state[key] = value.to(parameter.device if on_device else "cpu")
         if state:
             optimizer.state[parameter] = state
         elif named and parameter.requires_grad:

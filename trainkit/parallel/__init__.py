@@ -1,49 +1,54 @@
-"""Which processes train together, and the few questions that a task or a loop may ask of them."""
+"""Which processes train together. torchrun starts them; torch.distributed carries what they say."""
 
 import os
-from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from trainkit.config import config
 from trainkit.errors import UserError
+from trainkit.parallel.group import ElsewhereError, Group
+from trainkit.parallel.ranks import Ranks
 
+TIMEOUT = timedelta(minutes=10)  # a rank that says nothing for so long is taken for dead
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes of a run as one of them sees it. `device` is where its tensors live."""
-
-    device: torch.device
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank prints, and touches the run's folder."""
-        return self.rank == 0
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over all ranks."""
-        return tensor
+__all__ = ["ElsewhereError", "Group", "Parallel", "Ranks"]
 
 
 @config
 class Parallel:
-    """One process on one device. `device`: auto (CUDA where there is one), cpu, cuda or cuda:N."""
+    """`single`: one process. `ddp`: a replica of the model on every rank. `fsdp`: every rank a slice of it.
 
-    kind: Literal["single"] = "single"
+    `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.
+    """
+
+    kind: Literal["single", "ddp", "fsdp"] = "single"
     device: str = "auto"
 
-    def join(self, device: torch.device) -> Ranks:
-        """Meet the other ranks.
-
-        Raises:
-            UserError: torchrun started more processes than this strategy has work for.
-        """
+    def check(self) -> None:
+        """Raise UserError when torchrun started more processes than this strategy has work for."""
         started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started > 1:
+        if self.kind == "single" and started > 1:
             raise UserError(
-                f"parallel=single trains in one process, but torchrun started {started}: use --nproc_per_node=1"
+                f"parallel=single trains in one process, but torchrun started {started}: "
+                f"use parallel=ddp or parallel=fsdp, or --nproc_per_node=1"
             )
-        return Ranks(device=device)
+
+    def join(self, device: torch.device) -> Ranks:
+        """Meet the other ranks that torchrun started; without torchrun there are none."""
+        self.check()
+        size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        if self.kind == "single" or (self.kind == "ddp" and size == 1):
+            return Ranks(device=device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        host, saving = (
+            Group(rank, size, dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None) for _ in range(2)
+        )
+        return Ranks(device=device, rank=rank, size=size, host=host, saving=saving, kind=self.kind)

@@ -34,19 +34,28 @@ class CausalLM:
         microbatch: int,
         ranks: Any,
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+        exact: Any = None,
     ) -> dict[str, Any]:
-        """Add the gradient of the global batch's mean loss to the parameters, `microbatch` rows at a time.
+        """Add the gradient of the global batch's mean loss to the parameters, `microbatch` rows at a time. With `exact`
+        sums it is row by row, and the same to the bit however many ranks share the batch.
 
         Returns:
             `loss`: that mean, in nats a token, a detached scalar. A batch without labels has loss and gradient 0.
         """
         count = ranks.sum((batch["labels"] != IGNORED).sum()).clamp(min=1)
         total = torch.zeros((), device=count.device)
-        for rows in _microbatches(batch, microbatch):
+        parts = list(_microbatches(batch, 1 if exact else microbatch))
+        for number, rows in enumerate(parts):
+            if exact:
+                exact.begin_row(number)
+            ranks.sum_next(model, last=number == len(parts) - 1)
             loss = model(rows["tokens"], rows["labels"], rows.get("documents")) / count
             scale(loss).backward()
+            if exact:
+                exact.take(loss.detach())
             total = total + loss.detach()
-        return {"loss": ranks.sum(total)}
+        ranks.finish_sums()
+        return {"loss": exact.finish() if exact else ranks.sum(total)}
 
     @torch.no_grad()
     def evaluate(

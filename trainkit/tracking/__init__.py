@@ -52,6 +52,10 @@ class Trackers:
         """All numbers of a step, once."""
         self._tell(lambda t: t.log(step, metrics))
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`, an earlier one: what was logged beyond it is to be forgotten."""
+        self._tell(lambda t: t.go_back(step))
+
     def text(self, step: int, tag: str, text: str) -> None:
         """Text that belongs to a step, such as a sample."""
         self._tell(lambda t: t.text(step, tag, text))

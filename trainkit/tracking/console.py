@@ -77,6 +77,9 @@ class RichTracker:
         if found := evaluation(metrics):
             self._progress.console.print(f"[cyan]step {step}[/cyan]  validation {found}")
 
+    def go_back(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
     def text(self, step: int, tag: str, text: str) -> None:
         body = Text(text.strip("\n"), style="italic dim")
         self._progress.console.print(Panel(body, title=f"{tag} at step {step}", title_align="left", border_style="dim"))
@@ -122,6 +125,9 @@ class PlainTracker:
         self._say(f"step {step}/{self._steps}  {shown}")
         if found := evaluation(metrics):
             self._say(f"step {step}/{self._steps}  validation {found}")
+
+    def go_back(self, step: int) -> None:
+        """A note says it."""
 
     def text(self, step: int, tag: str, text: str) -> None:
         self._say(f"--- {tag} at step {step}\n{text.strip(chr(10))}\n---")

@@ -27,6 +27,13 @@ class JsonlTracker:
         self._path = path
 
     def start(self, header: Mapping[str, str], step: int, steps: int, config: str) -> None:
+        self._cut(step)
+
+    def go_back(self, step: int) -> None:
+        self._file.close()
+        self._cut(step)
+
+    def _cut(self, step: int) -> None:
         """Cut the file back to what the run goes on from: lines beyond `step`, or torn, are lost steps."""
         if self._path.exists():
             kept = [line for line in self._path.read_bytes().splitlines(keepends=True) if _is_kept(line, step)]

@@ -49,6 +49,9 @@ class MlflowTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(metrics), step=step)
 
+    def go_back(self, step: int) -> None:
+        """MLflow keeps both records of a step, by time."""
+
     def text(self, step: int, tag: str, text: str) -> None:
         self._mlflow.log_text(text, f"{tag}/{step}.txt")
 

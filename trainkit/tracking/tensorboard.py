@@ -17,7 +17,8 @@ NAMES = {
     "grad_norm": "GradNorm",
     "epoch": "Progress/epoch",
     "tokens": "Progress/tokens",
-    "save_s": "Checkpoint/save_s",
+    "checkpoint_save_s": "Checkpoint/save_s",
+    "checkpoint_stall_s": "Checkpoint/stall_s",
 }
 UNSHOWN = ("time", "eta_s")  # TensorBoard has its own clock
 
@@ -39,9 +40,7 @@ class TensorboardTracker:
 
     def start(self, header: Mapping[str, str], step: int, steps: int, config: str) -> None:
         """On a restart TensorBoard hides what was logged beyond `step`."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+        self._open(step)
         lines = [f"    {line}" for line in config.splitlines()]  # indented: Markdown shows it as it is
         self._writer.add_text("Config", "\n".join(lines), step)
 
@@ -51,6 +50,15 @@ class TensorboardTracker:
                 own = f"{name.removeprefix('val_')}/val" if name.startswith("val_") else name
                 self._writer.add_scalar(NAMES.get(name, own), value, step)
         self._writer.flush()  # a killed run keeps what was logged before its last checkpoint
+
+    def go_back(self, step: int) -> None:
+        self._writer.close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
 
     def text(self, step: int, tag: str, text: str) -> None:
         self._writer.add_text(f"{tag.capitalize()}s", "\n".join(f"    {line}" for line in text.splitlines()), step)

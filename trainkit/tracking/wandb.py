@@ -54,6 +54,9 @@ class WandbTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
+    def go_back(self, step: int) -> None:
+        """W&B keeps its first record of a step, and takes new steps again once the run is past it."""
+
     def text(self, step: int, tag: str, text: str) -> None:
         import wandb
 

@@ -15,7 +15,7 @@ import torch
 from trainkit.checkpoint import Checkpoint, Checkpointer, SaveFailed
 
 SHIM = ctypes.CDLL(os.environ["LD_PRELOAD"])
-POLICY = Checkpoint(every=1, keep=2, keep_best=0)
+POLICY = Checkpoint(every=1, keep=2, keep_best=0, asynchronous=bool(int(os.environ["ASYNCHRONOUS"])))
 FILES = {"run.yaml": b"name: t\n", "tokenizer.json": b"{}"}
 
 
@@ -30,6 +30,10 @@ def content(step: int) -> dict[str, torch.Tensor]:
 def save(it: Checkpointer, step: int) -> None:
     facts = {"metric": 1.0 / step, "epoch_end": False, "epoch": 0.0, "val_loss": None}
     it.save(step, content(step), {"step": step}, FILES, facts=facts)
+    it.wait()
+    for outcome in it.finished():
+        if outcome.error:
+            raise outcome.error
 
 
 def begin(folder: str, fault: str, at: int, sticky: int, log: str) -> dict[str, object]:

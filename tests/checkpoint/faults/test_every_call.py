@@ -25,10 +25,10 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.fixture
-def job(shim: Path, tmp_path: Path) -> Iterator[Job]:
+@pytest.fixture(params=[0, 1], ids=["synchronous", "asynchronous"])
+def job(shim: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
     """Do a job in a process that has everything imported already; what it answered, or that it was killed."""
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "ASYNCHRONOUS": str(request.param)}
     saver = subprocess.Popen(
         [sys.executable, "-m", "tests.checkpoint.faults.saver"],
         stdin=subprocess.PIPE,

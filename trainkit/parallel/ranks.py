@@ -1,0 +1,70 @@
+"""The processes of a run as one of them sees it, and the few questions that a task or a loop may ask of the others."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainkit.parallel.group import Group
+from trainkit.parallel.replicate import Replicas
+
+
+@dataclass
+class Ranks:
+    """`device` is where this rank's tensors live. `host` is for words between the ranks in the loop, `saving` for those
+    of a save that goes on behind it."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    host: Group = field(default_factory=Group)
+    saving: Group = field(default_factory=Group)
+    kind: str = "single"
+    replicas: Replicas | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank prints, and touches the run's folder."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all ranks."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor that may lie in slices on the ranks, in one piece."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+
+    def apply(self, model: nn.Module, *, exact_sums: bool = False) -> nn.Module:
+        """`model` spread over the ranks. With `exact_sums` the gradients are summed by somebody else."""
+        if self.kind == "fsdp":
+            from trainkit.parallel import fsdp  # takes a second, which only those who shard should wait for
+
+            return fsdp.shard(model, self.device, self.size)
+        if self.size > 1 and not exact_sums:
+            self.replicas = Replicas(model)
+        return model
+
+    def sum_next(self, model: Any, last: bool) -> None:
+        """Say before a backward whether it is the step's last one, in which gradients are summed over the ranks."""
+        if self.kind == "fsdp":
+            model.set_requires_gradient_sync(last)
+        elif self.replicas is not None:
+            self.replicas.sum_next(last)
+
+    def finish_sums(self) -> None:
+        """Wait for the sums of gradients, after the step's last backward."""
+        if self.replicas is not None:
+            self.replicas.finish()
+
+    def leave(self) -> None:
+        """Part from the other ranks, when all are done."""
+        if dist.is_initialized():
+            if self.size > 1:
+                dist.barrier(group=self.host.process_group)  # gloo may abort a rank whose peers are still busy
+            dist.destroy_process_group()
