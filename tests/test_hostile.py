@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +289,9 @@ def test_a_file_that_became_shorter_is_no_crash() -> None:
     os.truncate("data/a.bin", 100)
     with pytest.raises(UserError, match=r"a\.bin is missing or cut short"):
         corpus.train[0].read(0, 1)
+
+
+@pytest.mark.skipif(find_spec("atheris") is not None, reason="atheris is here")
+def test_the_fuzzer_says_what_it_lacks() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "fuzz"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "fuzz: it needs the package atheris: pip install atheris\n")

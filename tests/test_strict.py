@@ -59,7 +59,17 @@ def test_with_or_without_libyaml(case: str) -> None:
             ("tRue", "tRue"),
             (".INF", float("inf")),
         ),
-        *(("'1'", "1"), ('"no"', "no"), ('"a\\nb"', "a\nb"), ("<<", "<<"), ("a#b", "a#b"), ("1.2.3", "1.2.3")),
+        *(
+            ("'1'", "1"),
+            ('"1"', "1"),
+            ("|-\n  1", "1"),
+            (">-\n  1", "1"),
+            ('"no"', "no"),
+            ('"a\\nb"', "a\nb"),
+            ("<<", "<<"),
+            ("a#b", "a#b"),
+            ("1.2.3", "1.2.3"),
+        ),
         *(
             ("{a: [1, {b: }]}", {"a": [1, {"b": None}]}),
             ("a:\n- x\n- y", {"a": ["x", "y"]}),
@@ -169,6 +179,8 @@ def test_the_bounds_are_exact() -> None:
     assert strict.parse_json(b"[" * 64 + b"]" * 64, max_bytes=128)
     with pytest.raises(ValueError, match="it is more than 64 levels deep"):
         strict.parse_json(b"[" * 65 + b"]" * 65, max_bytes=130)
+    with pytest.raises(ValueError, match="it is more than 64 levels deep"):
+        strict.parse_yaml("[" * 65 + "]" * 65)
     with pytest.raises(ValueError, match="it has 4 bytes, at most 3 were expected"):
         strict.parse_json(b"1234", max_bytes=3)
     four = b'{"a,[": [1, "]"], "\\",": "\\\\"}'
@@ -179,6 +191,8 @@ def test_the_bounds_are_exact() -> None:
             strict.parse_yaml(text, max_nodes=4)
     with pytest.raises(ValueError, match="it holds more than 4 values"):
         strict.parse_json(four[:-1] + b', "b": 1, "c": 2}', max_bytes=99, max_nodes=4)
+    with pytest.raises(ValueError, match="it holds more than 4 values"):  # as soon as its texts are too many
+        strict.parse_json(b'""' * 9, max_bytes=99, max_nodes=4)
     assert strict.parse_json(b"9" * 64, max_bytes=64) == int("9" * 64)
     with pytest.raises(ValueError, match="a number has 65 characters"):
         strict.parse_json(b"9" * 65, max_bytes=65)

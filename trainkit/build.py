@@ -166,6 +166,11 @@ def _trainer(
         it.loader.close()
 
 
+def first_state(run: Run, it: Learner, corpus: Any) -> dict[str, Any]:
+    """What a checkpoint of a learner that no trainer has seen says beside its tensors."""
+    return {"learner": it.state(), "best": run.evaluation.best().state_dict(), "seconds": 0.0, **_facts(corpus)}
+
+
 def _opened(run: Run, joined: Ranks, report: Report | None) -> Any:
     """The corpus. What has to be prepared is prepared by the first rank, while the others wait."""
     joined.host.first_does(lambda: run.data.open(report) and None)

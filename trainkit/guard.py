@@ -47,10 +47,12 @@ class Rewind:
 
 def position(step: int, history: list[Rewind]) -> int:
     """Which batch of the endless order the update after `step` updates learns from."""
-    place = step
+    place, passed = step, 0
     for rewind in sorted(history, key=lambda r: r.begin):
-        if place >= rewind.begin:
-            place += rewind.count
+        begin, end = max(rewind.begin, passed), rewind.begin + rewind.count
+        if place >= begin and end > begin:  # what two rewinds both pass over counts once
+            place += end - begin
+            passed = end
     return place
 
 

@@ -104,8 +104,8 @@ def parse_yaml(text: str, *, max_bytes: int = MAX_YAML, max_depth: int = MAX_DEP
         for event in yaml.parse(text, Loader=_PARSER):
             builder.take(event)
     except yaml.reader.ReaderError as error:
-        where, what = _line(text, error.position), _code(error.character)
-        raise ValueError(f"line {where}: {what} is no character of YAML") from error
+        line, what = _line(text, error.position), _code(error.character)
+        raise ValueError(f"line {line}: {what} is no character of YAML") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""

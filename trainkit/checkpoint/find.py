@@ -41,8 +41,8 @@ def list_checkpoints(root: Path, policy: Policy, run: str | None = None) -> list
         UserError: there is no run of that name.
     """
     if run is not None and not (root / run).is_dir():
-        raise UserError(f"there is no run '{run}' in {root}{nearest(run, _runs(root))}")
-    return [entry for name in ([run] if run else _runs(root)) for entry in _entries(root / name, policy)]
+        raise UserError(f"there is no run '{run}' in {root}{nearest(run, runs_in(root))}")
+    return [entry for name in ([run] if run else runs_in(root)) for entry in _entries(root / name, policy)]
 
 
 def resolve(where: str, root: Path, policy: Policy) -> Path:
@@ -63,7 +63,7 @@ def resolve(where: str, root: Path, policy: Policy) -> Path:
     if not (root / name).is_dir():
         raise UserError(
             f"there is no checkpoint '{where}': looked for a run in {root} and for a path"
-            f"{nearest(name, ['latest', 'best', *_runs(root)])}"
+            f"{nearest(name, ['latest', 'best', *runs_in(root)])}"
         )
     return _of_run(root / name, which or "latest", policy)
 
@@ -101,18 +101,19 @@ def refuse_damaged(folders: list[Path]) -> None:
 
 def _newest_run(root: Path) -> Path:
     newest: tuple[float, Path] | None = None
-    for name in _runs(root):
+    for name in runs_in(root):
         good = store.whole(root / name / FOLDER)
         if good and (newest is None or good[-1][1].time > newest[0]):
             newest = good[-1][1].time, root / name
     if newest is None:
-        refuse_damaged([root / name for name in _runs(root)])
-        looked = ", ".join(_runs(root)) or "no runs"
+        refuse_damaged([root / name for name in runs_in(root)])
+        looked = ", ".join(runs_in(root)) or "no runs"
         raise UserError(f"there is no checkpoint in {root} (it holds {looked}): start a run with `trainkit train`")
     return newest[1]
 
 
-def _runs(root: Path) -> list[str]:
+def runs_in(root: Path) -> list[str]:
+    """The names of the runs in `root`."""
     return sorted(p.name for p in root.iterdir() if (p / FOLDER).is_dir()) if root.is_dir() else []
 
 

@@ -127,6 +127,11 @@ def load(path: Path) -> Loaded:
     return read(path, on_cpu)
 
 
+def dtype_of(facts: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of a tensor, from what a manifest says of it."""
+    return tensor_files.DTYPES[facts["dtype"]]
+
+
 def on_cpu(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """Room for whole tensors in host memory."""
     return {

@@ -1,0 +1,138 @@
+"""Looking after checkpoints: verify, show, diff, average, prune, import."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import SMALL
+from trainkit import checkpoints, convert
+from trainkit.checkpoint import find, load
+from trainkit.cli import main
+from trainkit.errors import UserError
+from trainkit.launch import policy
+from trainkit.trainer import Trainer
+
+RUNS = Path("runs")
+Trained = Callable[..., Trainer]
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    captured = capsys.readouterr()
+    assert (left.value.code or 0) == code, captured
+    return captured.out + captured.err
+
+
+def model_of(which: str) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in load(find.resolve(which, RUNS, policy)).tensors.items() if k.startswith("model.")}
+
+
+def test_verify_names_what_is_bad(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    trained("checkpoint.every=2", "checkpoint.keep=3")
+    capsys.readouterr()
+    assert said(capsys, "checkpoint", "verify").count("good ") == 1
+    assert said(capsys, "checkpoint", "verify", "t", "--all").count("good ") == 3
+    shard = next(Path("runs/t/checkpoints/step-0000000004").glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    out = said(capsys, "checkpoint", "verify", "t", "--all", code=74)
+    assert f"bad   runs/t/checkpoints/step-0000000004: {shard.name}: it is not what was saved" in out
+    assert out.count("good ") == 2
+    assert "not good" in said(capsys, "checkpoint", "diff", "t/step-4", "t/step-6", code=74)
+
+
+def test_show_and_diff(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    trained("checkpoint.every=3", "checkpoint.keep=3")
+    trained("optimizer.lr=0.01", name="u")
+    capsys.readouterr()
+    shown = json.loads(said(capsys, "checkpoint", "show", "t", "--json"))
+    assert shown["step"] == 6
+    assert shown["bytes"]["optimizer"] > 2 * shown["bytes"]["model"]
+    assert "step 6, saved" in said(capsys, "checkpoint", "show", "t")
+    assert "config: optimizer.lr: 0.003 here, 0.01 there" in said(capsys, "checkpoint", "diff", "t", "u")
+    moved = json.loads(said(capsys, "checkpoint", "diff", "t/step-3", "t/step-6", "--json"))
+    assert moved["config"] == moved["only_in_first"] == []
+    a, b = model_of("t/step-3"), model_of("t/step-6")
+    name = "model.backbone.embed.weight"
+    assert moved["moved"][name]["relative_change"] == pytest.approx(float((b[name] - a[name]).norm() / a[name].norm()))
+    same = json.loads(said(capsys, "checkpoint", "diff", "t", "t", "--json"))
+    assert same["moved"] == {}
+
+
+def test_average(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    trained("checkpoint.every=2", "checkpoint.keep=3")
+    trained("model.width=32", name="wide")
+    capsys.readouterr()
+    which = ["t/step-2", "t/step-4", "t/step-6"]
+    assert "trainkit evaluate mean" in said(capsys, "checkpoint", "average", *which, "--out", "mean")
+    parts, mean = [model_of(w) for w in which], model_of("mean")
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, torch.stack([p[name] for p in parts]).double().mean(0).float())
+    assert "loss" in said(capsys, "evaluate", "mean")
+    assert "another model's" in said(capsys, "checkpoint", "average", "t", "wide", "--out", "no", code=2)
+    assert "already" in said(capsys, "checkpoint", "average", "t", "t", "--out", "mean", code=2)
+    assert not Path("runs/no").exists()
+
+
+def test_prune_shows_first(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    trained("checkpoint.every=1", "checkpoint.keep=6")
+    capsys.readouterr()
+    assert "nothing to remove" in said(capsys, "checkpoint", "prune", "t")
+    out = said(capsys, "checkpoint", "prune", "t", "checkpoint.keep=2", code=2)
+    assert "step-0000000001" in out
+    assert "give --yes" in out
+    assert len(list(Path("runs/t/checkpoints").iterdir())) == 6
+    said(capsys, "checkpoint", "prune", "t", "checkpoint.keep=2", "--yes")
+    left = sorted(p.name for p in Path("runs/t/checkpoints").iterdir())
+    assert left == ["step-0000000005", "step-0000000006"]
+
+
+def state(learner: object) -> dict[str, torch.Tensor]:
+    return {k: v + 1 for k, v in learner.model.state_dict().items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["plain", "nested", "dcp"])
+def test_import_takes_weights_and_nothing_else(
+    kind: str, learner: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = state(learner())
+    if kind == "dcp":
+        from torch.distributed import checkpoint as dcp
+
+        with pytest.warns(UserWarning):  # that there is only one process
+            dcp.save({"model": given}, checkpoint_id="theirs")
+    else:
+        torch.save(given if kind == "plain" else {"model_state_dict": given, "iter": 7}, "theirs")
+    said(capsys, "checkpoint", "import", "theirs", "--name", "mine", *SMALL)
+    found = model_of("mine")
+    assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in given.items())
+    assert "went on from step 0" in said(capsys, "resume", "mine", "tracking=console+jsonl")
+    assert json.loads(Path("runs/mine/metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+    assert "is it this model's?" in said(
+        capsys, "checkpoint", "import", "theirs", "--name", "other", *SMALL, "model.tied=false", code=2
+    )
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("executed",)
+
+
+def test_import_executes_nothing(tmp_path: Path) -> None:
+    torch.save({"model": Evil()}, "evil")
+    folder = tmp_path / "evil-dcp"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    for source in (Path("evil"), folder):
+        with pytest.raises(UserError, match="cannot be imported"):
+            convert.tensors_of(source)
+    assert not Path("executed").exists()
+    with pytest.raises(UserError, match="there is no"):
+        checkpoints.imported(Path("nowhere"), "x", SMALL, RUNS)
