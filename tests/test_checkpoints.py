@@ -106,7 +106,7 @@ def test_import_takes_weights_and_nothing_else(
     if kind == "dcp":
         from torch.distributed import checkpoint as dcp
 
-        with pytest.warns(UserWarning):  # that there is only one process
+        with pytest.warns(UserWarning, match="single process"):
             dcp.save({"model": given}, checkpoint_id="theirs")
     else:
         torch.save(given if kind == "plain" else {"model_state_dict": given, "iter": 7}, "theirs")

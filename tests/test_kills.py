@@ -43,34 +43,34 @@ def last(name: str) -> dict[str, torch.Tensor]:
     return load(find.resolve(name, Path("runs"), policy)).tensors
 
 
-def killed_five_times(overrides: list[str], name: str, place: Path, seconds: float, draw: random.Random) -> None:
-    """Start a run again and again, five times ended by SIGKILL, and then let it come to its end."""
+def killed_eight_times(overrides: list[str], name: str, place: Path, seconds: float, draw: random.Random) -> None:
+    """Start a run again and again, eight times ended by SIGKILL, and then let it come to its end."""
     kills = 0
     while True:
         run = START.Process(target=train, args=([*overrides, f"name={name}"], str(place)))
         run.start()
-        run.join(draw.uniform(0.1, 0.6) * seconds if kills < 5 else None)
+        run.join(draw.uniform(0.1, 0.6) * seconds if kills < 8 else None)
         if run.exitcode is None:
             os.killpg(run.pid, signal.SIGKILL)  # type: ignore[arg-type]  # it has started
             run.join()
             kills += 1
             continue
         assert run.exitcode == 0, f"after {kills} kills the run did not go on"
-        if kills == 5:
+        if kills == 8:
             return
         shutil.rmtree(Path("runs") / name)  # it was faster than its killer: once more from the start
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tier", TIERS)
-def test_twenty_kills_change_nothing(tier: str, place: Path) -> None:
+def test_thirty_two_kills_change_nothing(tier: str, place: Path) -> None:
     what = [*SMALL, *TIERS[tier], f"steps={STEPS}", "evaluation.sample_tokens=0"]
     begin = time.monotonic()
     whole = START.Process(target=train, args=([*what, "name=whole"], str(place)))
     whole.start()
     whole.join()
     assert whole.exitcode == 0
-    killed_five_times(what, "killed", place, time.monotonic() - begin, random.Random(tier))
+    killed_eight_times(what, "killed", place, time.monotonic() - begin, random.Random(tier))
     ours, theirs = last("killed"), last("whole")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

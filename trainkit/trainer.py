@@ -72,7 +72,9 @@ class Trainer:
             self.meter.start(self.learner.step)
             while (end := self.end()) is None:
                 self.one_step()
-                self.signals.immediate = False
+                if self.signals.immediate:
+                    self.signals.immediate = False
+                    self.checkpointer.make_room(self.learner.tensors())
                 self.watchdog.beat(self.learner.step)
             self.leave(end)
         self.status = end

@@ -74,6 +74,14 @@ class Checkpointer:
             )
         self._asynchronous = not self._host.max(int(not self._asynchronous))
 
+    def make_room(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to get the memory that copies of these need, behind training: the first time that takes far longer than
+        the copy."""
+        if self._asynchronous:
+            it = writing.draft(0, tensors, {}, {}, {}, group=self._host, packed_names=self._packed)
+            self._thread = threading.Thread(target=self._staging.make_room, args=(it.held,), daemon=True)
+            self._thread.start()
+
     def save(
         self,
         step: int,

@@ -1,30 +1,44 @@
-"""A program that saves, to be run under the shim: reads jobs from stdin, does each in a forked child, says the outcome.
+"""A program that saves, to be run under the shim: reads jobs from stdin, does each in forked children, says the outcome.
 
-A job is `folder fault at sticky`: save steps 1 and 2, then step 3 with the fault at that system call, then tell what
-was acknowledged. In between the parent asks `resume folder`: load the newest, save step 4, and say what was loaded.
+A job is `begin` (save steps 1 and 2, then step 3 with a fault at a system call of one rank, then tell what was
+acknowledged) or `resume` (load the newest, save step 4, and say what was loaded), on so many ranks.
 """
 
 import ctypes
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trainkit.checkpoint import Checkpoint, Checkpointer, SaveFailed
+from trainkit.parallel import Group
 
 SHIM = ctypes.CDLL(os.environ["LD_PRELOAD"])
 POLICY = Checkpoint(every=1, keep=2, keep_best=0, asynchronous=bool(int(os.environ["ASYNCHRONOUS"])))
 FILES = {"run.yaml": b"name: t\n", "tokenizer.json": b"{}"}
 
 
-def checkpointer(folder: str) -> Checkpointer:
-    return POLICY.build(Path(folder), higher_is_better=False, versions={"trainkit": "test"})
+def join(rank: int, ranks: int, meeting: str) -> Group:
+    """Meet the other ranks."""
+    if ranks == 1:
+        return Group()
+    store = dist.FileStore(meeting, ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=20))
+    return Group(rank, ranks, dist.group.WORLD)
+
+
+def checkpointer(folder: str, group: Group) -> Checkpointer:
+    return POLICY.build(Path(folder), higher_is_better=False, versions={"trainkit": "test"}, host=group, saving=group)
 
 
 def content(step: int) -> dict[str, torch.Tensor]:
-    return {"model.a": torch.full((3, 5), float(step)), "model.b": torch.tensor(step), "random": torch.zeros(0)}
+    large = {f"model.{name}": torch.full((200, 100), float(step)) for name in "abcd"}  # so that every rank has some
+    return {**large, "model.scalar": torch.tensor(step), "random": torch.zeros(0)}
 
 
 def save(it: Checkpointer, step: int) -> None:
@@ -36,22 +50,22 @@ def save(it: Checkpointer, step: int) -> None:
             raise outcome.error
 
 
-def begin(folder: str, fault: str, at: int, sticky: int, log: str) -> dict[str, object]:
-    it = checkpointer(folder)
+def begin(group: Group, folder: str, fault: str, at: int, sticky: int, log: str, victim: int) -> dict[str, object]:
+    it = checkpointer(folder, group)
     it.preflight(0)
     save(it, 1)
     save(it, 2)
-    SHIM.shim_arm(at, fault.encode(), sticky, log.encode())
+    if group.rank == victim:
+        SHIM.shim_arm(at, fault.encode(), sticky, log.encode())
     try:
         save(it, 3)
     except SaveFailed as error:
-        calls = SHIM.shim_disarm()
-        return {"acknowledged": 2, "failed": str(error), "calls": calls}
+        return {"acknowledged": 2, "failed": str(error), "calls": SHIM.shim_disarm()}
     return {"acknowledged": 3, "calls": SHIM.shim_disarm()}
 
 
-def resume(folder: str) -> dict[str, object]:
-    it = checkpointer(folder)
+def resume(group: Group, folder: str) -> dict[str, object]:
+    it = checkpointer(folder, group)
     it.preflight(0)
     found = it.load_latest()
     assert found is not None
@@ -68,18 +82,28 @@ def resume(folder: str) -> dict[str, object]:
     }
 
 
+def child(rank: int, job: dict[str, Any]) -> None:
+    """Do a job on one rank, and leave."""
+    try:
+        group = join(rank, job["ranks"], job["meeting"])
+        result = begin(group, **job["begin"]) if "begin" in job else resume(group, **job["resume"])
+    except BaseException as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    Path(f"{job['answer']}.{rank}").write_text(json.dumps(result))
+    os._exit(0)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = json.loads(line)
-        answer = Path(job["answer"])
-        child = os.fork()
-        if child == 0:
-            result = begin(**job["begin"]) if "begin" in job else resume(**job["resume"])
-            answer.write_text(json.dumps(result))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        print(json.dumps({"killed": os.WIFSIGNALED(status), "code": status}), flush=True)
+        children = []
+        for rank in range(job["ranks"]):
+            if (pid := os.fork()) == 0:
+                child(rank, job)
+            children.append(pid)
+        ends = [os.waitpid(pid, 0)[1] for pid in children]
+        print(json.dumps({"killed": [os.WIFSIGNALED(end) for end in ends]}), flush=True)
 
 
 if __name__ == "__main__":

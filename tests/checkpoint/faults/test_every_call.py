@@ -1,5 +1,6 @@
 """A fault at every system call of a save: the previous or the new checkpoint loads, and nothing acknowledged is missing."""
 
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-Job = Callable[[dict[str, Any]], dict[str, Any]]
+Job = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.fixture(params=[0, 1], ids=["synchronous", "asynchronous"])
+@pytest.fixture
 def job(shim: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Job]:
     """Do a job in a process that has everything imported already; what it answered, or that it was killed."""
     environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "ASYNCHRONOUS": str(request.param)}
@@ -39,14 +40,19 @@ def job(shim: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[
     )
     assert saver.stdin is not None
     assert saver.stdout is not None
+    counter = itertools.count()
 
-    def do(what: dict[str, Any]) -> dict[str, Any]:
-        answer = tmp_path / "answer.json"
-        answer.unlink(missing_ok=True)
-        saver.stdin.write(json.dumps({**what, "answer": str(answer)}) + "\n")  # type: ignore[union-attr]
+    def do(what: dict[str, Any], ranks: int = 1, of: int = 0) -> dict[str, Any]:
+        """What rank `of` answered, and which ranks were killed."""
+        answer, number = tmp_path / "answer", next(counter)
+        for old in tmp_path.glob("answer.*"):
+            old.unlink()
+        job = {**what, "ranks": ranks, "answer": str(answer), "meeting": str(tmp_path / f"meeting-{number}")}
+        saver.stdin.write(json.dumps(job) + "\n")  # type: ignore[union-attr]
         saver.stdin.flush()  # type: ignore[union-attr]
         outcome: dict[str, Any] = json.loads(saver.stdout.readline())  # type: ignore[union-attr]
-        return outcome | (json.loads(answer.read_text()) if answer.exists() else {})
+        said = tmp_path / f"answer.{of}"
+        return outcome | (json.loads(said.read_text()) if said.exists() else {})
 
     yield do
     saver.stdin.close()
@@ -54,31 +60,61 @@ def job(shim: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[
     saver.stdout.close()
 
 
-def begin(folder: Path, fault: str = "none", at: int = 0, sticky: int = 0, log: str = "") -> dict[str, Any]:
-    return {"begin": {"folder": str(folder), "fault": fault, "at": at, "sticky": sticky, "log": log}}
+def begin(
+    folder: Path, fault: str = "none", at: int = 0, sticky: int = 0, log: str = "", victim: int = 0
+) -> dict[str, Any]:
+    how = {"fault": fault, "at": at, "sticky": sticky, "log": log, "victim": victim}
+    return {"begin": {"folder": str(folder), **how}}
 
 
 FAULTS = {"kill": 0, "torn": 0, "short": 1, "28": 0, "28 sticky": 1, "5": 0, "5 sticky": 1, "13": 0, "122": 1, "24": 0}
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_at_every_call(fault: str, job: Job, tmp_path: Path) -> None:
-    calls = job(begin(tmp_path / "count"))["calls"]
-    assert calls > 20
+def survives(job: Job, tmp_path: Path, fault: str, ranks: int, victim: int) -> None:
+    """Make every call of the save go wrong in turn, and see what can be gone on from."""
+    calls = job(begin(tmp_path / "count", victim=victim), ranks, victim)["calls"]
+    assert calls > (20 if victim == 0 else 3)
     for at in range(1, calls + 1):
         folder = tmp_path / f"run-{at}"
-        outcome = job(begin(folder, fault.split()[0], at, FAULTS[fault]))
-        assert outcome["killed"] == (fault in ("kill", "torn")), (at, outcome)
+        witness = (victim + 1) % ranks
+        outcome = job(begin(folder, fault.split()[0], at, FAULTS[fault], victim=victim), ranks, witness)
+        assert "error" not in outcome, (at, outcome)
+        killed = outcome["killed"][victim]
+        assert killed == (fault in ("kill", "torn")), (at, outcome)
         assert fault != "short" or outcome["acknowledged"] == 3, (at, outcome)
-        found = job({"resume": {"folder": str(folder)}})
+        found = job({"resume": {"folder": str(folder)}}, 1 + at % ranks)
+        assert "error" not in found, (at, outcome, found)
         assert found["whole"], (at, found)
-        assert found["step"] in ({2, 3} if outcome["killed"] else {2, 3} if outcome["acknowledged"] == 2 else {3}), at
+        assert found["step"] in (2, 3), at
         assert found["step"] >= outcome.get("acknowledged", 2), (at, outcome, found)
         assert found["next"] == 4
         assert not [name for name in found["left"] if name.startswith((".tmp-", ".trash-"))], (at, found)
 
 
+SYNCHRONOUS, ASYNCHRONOUS = 0, 1
+BEHIND = ("kill", "torn", "28 sticky", "5")  # what is tried of a save in the background too
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("job", "fault"), [(SYNCHRONOUS, f) for f in FAULTS] + [(ASYNCHRONOUS, f) for f in BEHIND], indirect=["job"]
+)
+def test_a_fault_at_every_call(fault: str, job: Job, tmp_path: Path) -> None:
+    survives(job, tmp_path, fault, ranks=1, victim=0)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("job", "fault"),
+    [(SYNCHRONOUS, "kill"), (SYNCHRONOUS, "28 sticky"), (ASYNCHRONOUS, "torn"), (ASYNCHRONOUS, "5")],
+    indirect=["job"],
+)
+def test_a_fault_at_every_call_of_one_of_two_ranks(fault: str, victim: int, job: Job, tmp_path: Path) -> None:
+    survives(job, tmp_path, fault, ranks=2, victim=victim)
+
+
+@pytest.mark.parametrize("job", [SYNCHRONOUS, ASYNCHRONOUS], indirect=True)
 def test_what_is_durable_when(job: Job, tmp_path: Path) -> None:
     """Every file is fsynced before the rename, the folder too, and the parent after it: what a power cut would test."""
     log = tmp_path / "calls"
