@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import random_shards
@@ -67,16 +68,17 @@ def dd(folder: Path, size: int) -> dict[str, float]:
     return found
 
 
+def copy(it: Learner, copies: dict[str, torch.Tensor]) -> None:
+    for key, tensor in it.tensors().items():
+        copies[key].copy_(tensor)
+
+
 def one_round(it: Learner, saver: dict[str, Checkpointer], folder: Path, size: int, step: int) -> dict[str, float]:
     found = dd(folder, size)
 
-    def copy() -> None:
-        for name, tensor in it.tensors().items():
-            copies[name].copy_(tensor)
-
     for name, checkpointer in saver.items():
-        copies = {name: tensor.detach().clone() for name, tensor in it.tensors().items()}
-        found["one host copy"] = timed(copy)
+        copies = {key: tensor.detach().clone() for key, tensor in it.tensors().items()}
+        found["one host copy"] = timed(partial(copy, it, copies))
         del copies
         checkpointer.save(step, it.tensors(), {"learner": it.state()}, {}, facts=FACTS)
         checkpointer.wait()

@@ -21,6 +21,7 @@ ALONE = SimpleNamespace(
     sum=lambda t: t,
     sum_next=lambda model, last: None,
     finish_sums=lambda: None,
+    pace=SimpleNamespace(forward_done=lambda: None),
 )
 
 

@@ -12,7 +12,7 @@ from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded
 from trainkit.checkpoint.lock import RunLock
-from trainkit.errors import UserError
+from trainkit.errors import DamagedError, UserError
 from trainkit.learner import Learner
 from trainkit.notify import Notifier
 from trainkit.parallel import Ranks
@@ -150,8 +150,11 @@ def _trainer(
     )
     it.history = history_file.read(folder)
     if found:
-        _refuse_other_data(found, corpus)
-        made.restore(found.tensors, found.state)
+        try:
+            _refuse_other_data(found, corpus)
+            made.restore(found.tensors, found.state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{found.path} holds no run's state: {type(error).__name__} {error}") from error
         seconds = time.perf_counter() - begin
         checkpointer.notes.append(f"went on from step {found.step}, verified and loaded in {seconds:.2f} s")
     trackers.start(header(run, made, corpus), it.step, steps=made.stop_at, config=run.yaml())

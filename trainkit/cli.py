@@ -248,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("TRAINKIT_DEBUG") and not isinstance(error, SystemExit):
             raise
         code, line = _said(error)
-        if line:
+        if line and (code == FAILED or os.environ.get("RANK", "0") == "0"):  # what all ranks find wrong is said once
             print(f"trainkit: {line}", file=sys.stderr)
     sys.exit(code or DONE)
 

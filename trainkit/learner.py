@@ -57,6 +57,7 @@ class Learner:
 
     def train_step(self) -> dict[str, Tensor | float]:
         """One update from one global batch. The metrics are tensors: only the loop's log waits for the device."""
+        self.ranks.pace.begin()
         batch = self.loader.at(self.position)
         torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
         metrics = self.task.backward(

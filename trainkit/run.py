@@ -87,8 +87,10 @@ class Run:
         return _flat({k: v for k, v in _what(self).items() if k not in HOW_GROUPS})
 
     def yaml(self) -> str:
-        """The run as `run.yaml` holds it."""
-        return OmegaConf.to_yaml(OmegaConf.create(TypeAdapter(Run).dump_python(self, mode="json")))
+        """The run as `run.yaml` holds it: without the addresses that are told how it goes, which may hold secrets, and which
+        nobody else's run should contact."""
+        tree = {**TypeAdapter(Run).dump_python(self, mode="json"), "notify": []}
+        return OmegaConf.to_yaml(OmegaConf.create(tree))
 
     def differs(self, other: "Run") -> list[str]:
         """What is learned here and not there: `optimizer.lr: 0.001 here, 0.01 there`, one line a key."""

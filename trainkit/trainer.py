@@ -11,6 +11,7 @@ from trainkit.errors import DivergedError
 from trainkit.evaluation import Best
 from trainkit.guard import Guard, Rewind, pass_over, position
 from trainkit.learner import Learner
+from trainkit.parallel import straggler
 from trainkit.signals import Signals
 from trainkit.throughput import Meter
 from trainkit.watchdog import Watchdog
@@ -51,6 +52,7 @@ class Trainer:
     save_s: float = 0.0  # the longest save so far
     extra: dict[str, float] = field(default_factory=dict)  # for the next step that is logged
     left_out: int | None = None  # the last step of which was said that it was skipped
+    slow_rank: int | None = None  # of which was said that it is slow
     status: str = "failed"  # until `fit` knows better
 
     def restore(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -149,8 +151,20 @@ class Trainer:
         """The step's metrics as numbers: the only place that waits for the device."""
         step = self.learner.step
         record = {name: float(value) for name, value in metrics.items()} | {"epoch": self.epoch(step)}
+        self.look_for_stragglers()
         extra, self.extra = self.extra, {}
         return record | self.meter.read(step, self.stop_at) | {"memory_gb": self.memory_in_use() / 1e9} | extra
+
+    def look_for_stragglers(self) -> None:
+        """Say which rank keeps the others waiting, when another one does than was said."""
+        ranks = self.learner.ranks
+        if ranks.size > 1:
+            found = straggler(ranks.host.gather(ranks.pace.read()))
+            if found and found[0] != self.slow_rank:
+                self.trackers.note(
+                    f"warning: rank {found[0]} takes {found[1]:.1f} times as long as the others for its part"
+                )
+            self.slow_rank = found[0] if found else None
 
     def evaluate(self) -> dict[str, float] | None:
         """The validation split's metrics and a sample of text; None when a signal cut the evaluation short."""

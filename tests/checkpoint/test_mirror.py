@@ -140,6 +140,18 @@ def test_it_warns_once_and_says_once_that_it_caught_up(mirror: Mirror, gate: Gat
     assert mirror.state["problem"] is None
 
 
+def test_one_that_failed_makes_way_for_a_newer(mirror: Mirror, gate: Gate) -> None:
+    gate.error = RemoteError("down")
+    mirror.submit(saved(1))
+    until(lambda: gate.asked)
+    mirror.submit(newer := saved(2))
+    gate.open.set()
+    until(lambda: len(gate.asked) > 3)
+    assert gate.asked[:3] == [1, 2, 2]
+    assert mirror.holds() == {newer}
+    gate.error = None
+
+
 def test_waits_double_to_a_limit_and_are_shortened_at_random(
     mirror: Mirror, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

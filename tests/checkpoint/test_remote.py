@@ -181,6 +181,16 @@ def test_a_file_that_is_not_there_makes_it_none(remote: Remote) -> None:
     assert list(remote.checkpoints("t")) == [1]
 
 
+def test_no_more_is_fetched_after_a_file_that_is_wrong(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote.upload(saved(1))
+    change(remote, at(1, "run.yaml"), flip)
+    reads, read = [], Storage.read
+    monkeypatch.setattr(Storage, "read", lambda *args: (reads.append(args[1]), read(*args))[1])
+    with pytest.raises(DamagedError):
+        fetched(remote)
+    assert reads == [at(1, NAME), at(1, "run.yaml")]
+
+
 def test_what_is_fetched_is_durable_and_verified_before_it_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     empty_memory()
     remote, done = Remote("memory://far/p"), []

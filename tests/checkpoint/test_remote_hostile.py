@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.remotes import at, content, empty_memory, fetched, saved
-from trainkit.checkpoint.manifest import NAME, canonical
+from trainkit.checkpoint.manifest import NAME, BadCheckpoint, canonical
 from trainkit.checkpoint.remote import Remote
 
 pytest.importorskip("fsspec", reason="needs fsspec: pip install 'trainkit[remote]'")
@@ -100,4 +100,42 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     assert content(fetched(remote)) == content(old)
     (tmp_path / "far" / at(1, NAME)).unlink()
     (tmp_path / "far" / at(1, NAME)).symlink_to(old.absolute() / NAME)
+    assert remote.checkpoints("t") == {}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_nothing_is_written_through_a_link(tmp_path: Path, same: bool) -> None:
+    remote, new, secret = Remote(f"file://{tmp_path}/far"), saved(1), tmp_path / "secret"
+    for name in ("t/run.yaml", at(1, "train_state.json"), at(1, NAME)):
+        secret.write_bytes((new / name.rpartition("/")[2]).read_bytes() if same else b"mine")
+        before = secret.read_bytes()
+        link = tmp_path / "far" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(secret)
+        if name != at(1, NAME):
+            (tmp_path / "far" / at(1, NAME)).unlink(missing_ok=True)
+        remote.upload(new)
+        assert secret.read_bytes() == before
+        assert not link.is_symlink()
+        assert list(remote.checkpoints("t")) == [1]
+
+
+@pytest.mark.parametrize("how", ["more", "less"])
+def test_a_remote_that_gives_another_number_of_bytes(remote: Remote, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    remote._storage.write("t/x", b"12345678")
+    real = remote._storage._fs.cat_file
+
+    def cat_file(path: str, start: int, end: int) -> bytes:
+        return bytes(real(path)) * 2 if how == "more" else bytes(real(path, start=start, end=end - 1))
+
+    monkeypatch.setattr(remote._storage._fs, "cat_file", cat_file)
+    with pytest.raises(BadCheckpoint, match="x is cut short"):
+        list(remote._storage.read("t/x", 8))
+
+
+def test_a_manifest_that_is_too_long_is_not_read(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote.upload(saved(1))
+    monkeypatch.setattr("trainkit.checkpoint.manifest.MAX_BYTES", 10)
+    monkeypatch.setattr(remote._storage._fs, "cat_file", None)
     assert remote.checkpoints("t") == {}

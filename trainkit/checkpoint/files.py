@@ -85,7 +85,7 @@ class Reading:
     def __init__(self, path: Path, size: int) -> None:
         self._name, self._left = path.name, size
         self._digest = xxhash.xxh3_128()
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         found = os.fstat(self._descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_size != size:
             os.close(self._descriptor)

@@ -4,6 +4,7 @@ What a rank holds may be a whole tensor or a slice of it; what is on the disk is
 ranks, however they slice, reads what any other wrote.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,20 +114,31 @@ def boxes_by_file(described: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     """
     files: dict[str, dict[str, Box]] = {}
     for name, facts in described.items():
-        shape, covered = facts["shape"], 0
+        shape, boxes = facts["shape"], []
         for file, offset, part in facts["parts"]:
             box = Box(name, tuple(offset), tuple(part))
             inside = len(offset) == len(part) == len(shape) and all(
-                isinstance(o, int) and isinstance(n, int) and o >= 0 and n >= 0 and o + n <= whole
+                type(o) is int and type(n) is int and o >= 0 and n >= 0 and o + n <= whole
                 for o, n, whole in zip(offset, part, shape)
             )
             if not inside or box.key in files.setdefault(file, {}):
                 raise ValueError(f"a part of the tensor {name} is not inside it")
             files[file][box.key] = box
-            covered += box.numel
-        if covered != math.prod(shape):
+            boxes.append(box)
+        if sum(box.numel for box in boxes) != math.prod(shape) or _overlapping(boxes):
             raise ValueError(f"the parts of the tensor {name} do not make it up")
     return files
+
+
+def _overlapping(boxes: list[Box]) -> bool:
+    """Whether two boxes of a tensor share a number. Slices along the first dimension, the usual case, are looked at in
+    one pass."""
+    if len(boxes) < 2:
+        return False
+    if len({(box.offset[1:], box.shape[1:]) for box in boxes}) == 1:
+        ordered = sorted(boxes, key=lambda box: box.offset)
+        return any(a.offset[0] + a.shape[0] > b.offset[0] for a, b in itertools.pairwise(ordered))
+    return any(overlap(a, b) is not None for a, b in itertools.combinations(boxes, 2))
 
 
 def overlap(part: Box, held: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

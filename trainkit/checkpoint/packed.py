@@ -6,6 +6,7 @@ from typing import Any
 from trainkit.errors import UserError
 
 SUFFIX = ".zst"
+MOST = 1 << 15  # times its size that a packed file may unpack to: zstd packs nothing but zeros about so well
 LEVEL = 1  # numbers hardly pack better at higher ones
 
 

@@ -127,11 +127,13 @@ class Storage:
     def put(self, local: Path, path: str) -> None:
         """Send a file."""
         with self._doing(f"sending {local.name}"):
+            self._unlink(path)
             self._fs.put_file(str(local), self._at(path))
 
     def write(self, path: str, content: bytes) -> None:
         """Send a small file."""
         with self._doing(f"writing {path.rpartition('/')[2]}"):
+            self._unlink(path)
             self._fs.pipe_file(self._at(path), content)
 
     def remove(self, path: str) -> None:
@@ -143,6 +145,11 @@ class Storage:
         """Remove a folder with all that it holds; one that is not there is removed already."""
         with contextlib.suppress(FileNotFoundError), self._asking(f"removing {path.rpartition('/')[2]}"):
             self._fs.rm(self._at(path), recursive=True)
+
+    def _unlink(self, path: str) -> None:
+        """On a disk, what is written would go through a link, to wherever it leads."""
+        if getattr(self._fs, "local_file", False) and self._fs.islink(self._at(path)):
+            self._fs.rm_file(self._at(path))
 
     def _at(self, path: str) -> str:
         return f"{self._opened[1]}/{path}".rstrip("/")

@@ -29,7 +29,7 @@ from trainkit.checkpoint.manifest import BadCheckpoint, Manifest
 from trainkit.parallel import Group
 
 STATE = "train_state.json"
-_STEP = re.compile(r"step-(\d{10})")
+_STEP = re.compile(r"step-([0-9]{10})")
 PARTIAL, TRASH, BAD = ".tmp-", ".trash-", ".bad-"
 # what says that the bytes are not there any more; that they cannot be reached now, for want of rights or memory, is no
 # reason to give a checkpoint up
@@ -153,6 +153,8 @@ def read(path: Path, places: Places, group: Group | None = None) -> Loaded:
     group = group or Group()
     try:
         boxes = layout.boxes_by_file(manifest.tensors)
+        for name, inside in boxes.items():
+            _refuse_absurd(name, manifest, inside)
         into = places(manifest.tensors)
     except (ValueError, TypeError, KeyError) as error:
         if hasattr(error, "exit_code"):
@@ -169,8 +171,18 @@ def read(path: Path, places: Places, group: Group | None = None) -> Loaded:
                 with files.Reading(path / name, facts["size"]) as file:
                     _read_shard(file, name, facts["size"], boxes[name], held, manifest.tensors)
                     _same(file.rest(), facts)
-    state = manifests.parse(carried.pop(STATE))
+    state = manifests.parse(carried.pop(STATE, b"null"))
+    if not isinstance(state, dict):
+        raise BadCheckpoint(f"{STATE} holds no state")
     return Loaded(path, manifest.step, manifest, into, state, carried)
+
+
+def _refuse_absurd(name: str, manifest: Manifest, inside: Mapping[str, Box]) -> None:
+    """Raise ValueError before memory is asked for that a file of that size cannot fill."""
+    claimed = sum(box.numel * dtype_of(manifest.tensors[box.name]).itemsize for box in inside.values())
+    most = packed.MOST if name.endswith(packed.SUFFIX) else 1
+    if claimed > most * int(manifest.files[name]["size"]):
+        raise ValueError(f"{name} is too small for its tensors")
 
 
 def _read_shard(

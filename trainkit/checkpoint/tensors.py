@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainkit import strict
+
 MAX_HEADER = 100 << 20
 _NAMES = {
     torch.float64: "F64",
@@ -75,7 +77,9 @@ def stream(source: Source) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], 
     length = int.from_bytes(_taken(source, 8), "little")
     if length > MAX_HEADER:
         raise ValueError("its header is longer than any")
-    header = json.loads(_taken(source, length))
+    header = strict.parse_json(bytes(_taken(source, length)), max_bytes=MAX_HEADER, max_depth=8)
+    if not isinstance(header, dict):
+        raise ValueError("its header is none")
     place = 0
     for name, dtype, shape, begin, end in sorted((_facts(n, f) for n, f in header.items()), key=lambda f: f[3:]):
         if begin != place or math.prod(shape) * dtype.itemsize != end - begin:
@@ -97,7 +101,7 @@ def stream(source: Source) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], 
 def _facts(name: str, facts: Any) -> tuple[str, torch.dtype, tuple[int, ...], int, int]:
     begin, end = facts["data_offsets"]
     shape = tuple(facts["shape"])
-    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
         raise ValueError(f"the tensor {name} is not where the header says")
     return name, DTYPES[facts["dtype"]], shape, begin, end
 

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from trainkit.config import config
 from trainkit.errors import UserError
 from trainkit.parallel.group import ElsewhereError, Group
+from trainkit.parallel.pace import straggler
 from trainkit.parallel.ranks import Ranks
 
 TIMEOUT = timedelta(minutes=10)  # a rank that says nothing for so long is taken for dead
 
-__all__ = ["ElsewhereError", "Group", "Parallel", "Ranks"]
+__all__ = ["ElsewhereError", "Group", "Parallel", "Ranks", "straggler"]
 
 
 @config

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainkit.parallel.group import Group
+from trainkit.parallel.pace import Pace
 from trainkit.parallel.replicate import Replicas
 
 
@@ -22,7 +23,11 @@ class Ranks:
     host: Group = field(default_factory=Group)
     saving: Group = field(default_factory=Group)
     kind: str = "single"
+    pace: Pace = field(init=False)
     replicas: Replicas | None = None
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.device)
 
     @property
     def first(self) -> bool:
@@ -33,7 +38,8 @@ class Ranks:
         """The sum of `tensor` over all ranks."""
         if self.size > 1:
             tensor = tensor.clone()
-            dist.all_reduce(tensor)
+            with self.pace.waiting():
+                dist.all_reduce(tensor)
         return tensor
 
     def whole(self, tensor: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class CausalLM:
                 exact.begin_row(number)
             ranks.sum_next(model, last=number == len(parts) - 1)
             loss = model(rows["tokens"], rows["labels"], rows.get("documents")) / count
+            ranks.pace.forward_done()
             scale(loss).backward()
             if exact:
                 exact.take(loss.detach())
