@@ -13,6 +13,7 @@ from trainkit.parallel.group import ElsewhereError, Group
 from trainkit.parallel.pace import straggler
 from trainkit.parallel.ranks import Ranks
 
+
 TIMEOUT = timedelta(minutes=10)  # a rank that says nothing for so long is taken for dead
 
 __all__ = ["ElsewhereError", "Group", "Parallel", "Ranks", "straggler"]
@@ -47,9 +48,17 @@ class Parallel:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=_meeting(), rank=rank, world_size=size, timeout=TIMEOUT)
         host, saving = (
             Group(rank, size, dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None) for _ in range(2)
         )
         return Ranks(device=device, rank=rank, size=size, host=host, saving=saving, kind=self.kind)
+
+
+def _meeting() -> dist.Store:
+    """Where ranks leave their addresses. torchrun keeps it over restarts, so every attempt has a place of its own in it:
+    else ranks call addresses of the dead."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
