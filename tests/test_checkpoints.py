@@ -136,3 +136,41 @@ def test_import_executes_nothing(tmp_path: Path) -> None:
     assert not Path("executed").exists()
     with pytest.raises(UserError, match="there is no"):
         checkpoints.imported(Path("nowhere"), "x", SMALL, RUNS)
+
+
+def test_copy_and_mirror_and_go_on_elsewhere(
+    trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    far = f"file://{tmp_path}/far"
+    trained("stop_at=4", "checkpoint.every=2", f"checkpoint.mirror={far}")
+    capsys.readouterr()
+    assert sorted(p.name for p in (tmp_path / "far/t/checkpoints").iterdir()) == ["step-0000000002", "step-0000000004"]
+    assert "step 4" in said(capsys, "list-checkpoints").split("mirror of t")[1]
+    assert json.loads(said(capsys, "list-checkpoints", "--json"))[0]["mirror"]["uploaded_step"] == 4
+    said(capsys, "resume", f"{far}/t", "stop_at=6", "--runs", "elsewhere")
+    whole = trained(name="whole").learner.step
+    assert whole == 6
+    there = load(find.resolve("t", Path("elsewhere"), policy)).tensors
+    here = load(find.resolve("whole", RUNS, policy)).tensors
+    assert [k for k, v in here.items() if not torch.equal(there[k], v)] == []
+    capsys.readouterr()
+    assert "trainkit resume" in said(capsys, "checkpoint", "copy", "whole", f"file://{tmp_path}/more")
+    assert "verified" in said(capsys, "checkpoint", "copy", f"file://{tmp_path}/more/whole", "back")
+    assert "verified" in said(capsys, "checkpoint", "copy", "t/step-2", "beside")
+    assert "step 2" in said(capsys, "checkpoint", "show", "t", "--runs", "beside")
+    assert "no whole checkpoint" in said(capsys, "resume", f"{far}/nobody", "--runs", "new", code=2)
+
+
+def test_a_mirror_out_of_reach_costs_nothing_but_a_warning(
+    trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "far").touch()  # no folder can be made there
+    trained(
+        "checkpoint.every=2",
+        f"checkpoint.mirror=file://{tmp_path}/far/x",
+        "guard.deadline_s=1",
+        "tracking=console+jsonl",
+    )
+    out = capsys.readouterr().out
+    assert "saved step 6" in out
+    assert "warning: the mirror" in out

@@ -10,8 +10,9 @@ from typing import Any
 from trainkit import hardware, randomness, versions
 from trainkit import history as history_file
 from trainkit import run as runs
-from trainkit.checkpoint import Loaded
+from trainkit.checkpoint import Loaded, store
 from trainkit.checkpoint.lock import RunLock
+from trainkit.checkpoint.mirror import Mirror
 from trainkit.errors import DamagedError, UserError
 from trainkit.learner import Learner
 from trainkit.notify import Notifier
@@ -25,6 +26,7 @@ from trainkit.trainer import Trainer
 from trainkit.units import human_bytes, human_count
 from trainkit.watchdog import Watchdog
 
+MIRROR_WAIT_S = 600.0  # for what is still being sent when a run ends
 Report = Callable[[int, int, str], None]
 
 
@@ -112,12 +114,16 @@ def _trainer(
     notifier = Notifier(run.notify if joined.first else (), run.name, trackers.note)
     corpus = _opened(run, joined, report)
     it = learner(run, corpus, joined)
+    mirror = None
+    if joined.first and run.checkpoint.mirror:
+        mirror = Mirror(run.checkpoint.mirror, folder, lambda text: trackers.note(text), differs=runs.differ)
     checkpointer = run.checkpoint.build(
         folder,
         higher_is_better=run.evaluation.higher_is_better,
         versions=versions.installed(),
         host=joined.host,
         saving=joined.saving,
+        mirror=mirror,
     )
     checkpointer.preflight(_checkpoint_bytes(it))
     joined.host.first_does(lambda: runs.claim(folder, run))
@@ -157,12 +163,16 @@ def _trainer(
             raise DamagedError(f"{found.path} holds no run's state: {type(error).__name__} {error}") from error
         seconds = time.perf_counter() - begin
         checkpointer.notes.append(f"went on from step {found.step}, verified and loaded in {seconds:.2f} s")
+    if mirror is not None and (newest := store.whole(checkpointer.folder)):
+        mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus), it.step, steps=made.stop_at, config=run.yaml())
     made.tell_what_was_found()
     try:
         yield made
     finally:
         checkpointer.wait()
+        if mirror is not None:
+            mirror.close(run.guard.deadline_s or MIRROR_WAIT_S)
         trackers.close(made.status)
         notifier.tell(f"{made.status} at step {it.step} of {run.steps}")
         notifier.close()
@@ -198,6 +208,7 @@ def header(run: Run, trainer: Trainer, corpus: Any) -> dict[str, str]:
         "batch": f"{micro} rows × {accumulated} accumulated × {ways} rank{'s' if ways > 1 else ''} = {run.data.batch} "
         f"rows of {run.data.length}: {human_count(meter.tokens_per_step)} tokens a step, "
         f"{run.data.batch * run.steps / _samples(it):.1f} epochs",
+        **({"mirror": run.checkpoint.mirror} if run.checkpoint.mirror else {}),
         "memory": f"{run.memory.describe()}; a checkpoint takes {human_bytes(_checkpoint_bytes(it))}",
     }
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from trainkit import run as runs
 from trainkit import versions
-from trainkit.checkpoint import FOLDER, BadCheckpoint, Loaded, find, load, store, writing
+from trainkit.checkpoint import FOLDER, BadCheckpoint, Loaded, fetch, find, load, store, writing
 from trainkit.checkpoint.lock import RunLock
 from trainkit.checkpoint.manifest import Manifest
+from trainkit.checkpoint.remote import Remote
 from trainkit.checkpoint.shelf import Shelf
 from trainkit.errors import DAMAGED, DONE, DamagedError, UserError
 from trainkit.launch import policy
@@ -171,6 +172,31 @@ def prune(name: str, overrides: list[str], root: Path, *, yes: bool) -> None:
         for note in notes:
             print(note)
         print(f"removed {len(doomed) - len(notes)}, {total}")
+
+
+def copy(source: str, target: str, root: Path) -> None:
+    """A checkpoint, with its run's config, from or to an address or a folder of runs, verified on both sides.
+
+    Raises:
+        UserError: there is none, or the target holds another run of that name.
+    """
+    if fetch.is_url(source) and fetch.is_url(target):
+        raise UserError("one of the two has to be on this machine: copy it here first")
+    if not fetch.is_url(target):
+        where = source if fetch.is_url(source) else f"file://{find.resolve(source, root, policy).absolute()}"
+        print(f"copied to {fetch.fetch(where, Path(target), differs=runs.differ, note=print)}, verified")
+        return
+    path = find.resolve(source, root, policy)
+    name, remote = path.parents[1].name, Remote(target)
+    there = remote.config(name)
+    if there is not None and (changed := runs.differ(runs.content(path.parents[1]).decode(), there)):
+        raise UserError(f"{target} holds another run '{name}' ({changed[0]}): choose another place")
+    try:
+        manifest = remote.upload(path)
+    except BadCheckpoint as error:
+        raise DamagedError(f"{path} is not good: {error}") from error
+    print(f"copied {path}, {human_bytes(manifest.size)}, verified. It goes on anywhere with:")
+    print(f"  trainkit resume {target.rstrip('/')}/{name}")
 
 
 def _agreed(question: str) -> bool:

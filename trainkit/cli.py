@@ -67,7 +67,7 @@ def train(overrides: Words = None, runs: Runs = RUNS, config_dir: ConfigDir = No
 
 @app.command()
 def resume(
-    which: Annotated[str, typer.Argument(metavar="[latest|best|RUN|PATH]")] = "latest",
+    which: Annotated[str, typer.Argument(metavar="[latest|best|RUN|PATH|URL]")] = "latest",
     overrides: Words = None,
     runs: Runs = RUNS,
     config_dir: ConfigDir = None,
@@ -219,6 +219,18 @@ def prune(
     from trainkit import checkpoints
 
     checkpoints.prune(run, overrides or [], runs, yes=yes)
+
+
+@looking_after.command()
+def copy(
+    source: Annotated[str, typer.Argument(help="A checkpoint here, or an address such as s3://bucket/runs/RUN.")],
+    target: Annotated[str, typer.Argument(help="An address such as s3://bucket/runs, or a folder of runs.")],
+    runs: Runs = RUNS,
+) -> None:
+    """A checkpoint from here to somewhere else or back, verified on both sides."""
+    from trainkit import checkpoints
+
+    checkpoints.copy(source, target, runs)
 
 
 @looking_after.command("import")

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from trainkit import build
 from trainkit import run as runs
-from trainkit.checkpoint import Checkpoint, Keeping, find
+from trainkit.checkpoint import Checkpoint, Keeping, fetch, find
 from trainkit.errors import DONE, STOPPED
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
@@ -32,9 +32,14 @@ def train(run: Run, root: Path, *, start: Path | None = None) -> int:
 def resume(which: str, overrides: list[str], root: Path, config_dir: Path | None) -> int:
     """Go on with the run that `which` names, from its folder alone.
 
-    `latest`, a run's name or its folder mean its newest good checkpoint; anything else that very checkpoint.
+    `latest`, a run's name or its folder mean its newest good checkpoint; anything else that very checkpoint. An address
+    is fetched first.
     """
-    named = find.resolve(which, root, policy)
+    if fetch.is_url(which):
+        named = fetch.fetch(which, root, differs=runs.differ, note=print)
+        which = str(named.parents[1]) if "step-" not in which.rsplit("/", 1)[-1] else str(named)
+    else:
+        named = find.resolve(which, root, policy)
     folder = named.parents[1]
     run = runs.saved(runs.content(folder), overrides, config_dir=config_dir)
     newest = which == "latest" or (root / which) == folder or Path(which) == folder

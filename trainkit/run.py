@@ -148,6 +148,11 @@ def saved(
     return after
 
 
+def differ(one: str, other: str) -> list[str]:
+    """What two texts of `run.yaml` say differently of what is learned."""
+    return saved(one).differs(saved(other))
+
+
 def read(folder: Path) -> Run | None:
     """The run that a folder belongs to, or None where there is none yet."""
     return saved(content(folder)) if (folder / FILE).exists() else None

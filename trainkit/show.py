@@ -26,6 +26,9 @@ def checkpoints(run: str | None, root: Path, *, as_json: bool) -> None:
     for entry in entries:
         table.add_row(*_row(entry))
     Console().print(table)
+    for name, mirror in {entry.run: entry.mirror for entry in entries if entry.mirror}.items():
+        problem = f", [red]{mirror['problem']}[/red]" if mirror["problem"] else ""
+        Console(soft_wrap=True).print(f"mirror of {name}: {mirror['url']}, step {mirror['uploaded_step']}{problem}")
 
 
 def _row(entry: Entry) -> tuple[str, ...]:

@@ -8,12 +8,11 @@ from annotated_types import Ge
 
 from trainkit.checkpoint.checkpointer import Checkpointer, Outcome, SaveFailed
 from trainkit.checkpoint.manifest import BadCheckpoint
+from trainkit.checkpoint.mirror import Mirror
 from trainkit.checkpoint.shelf import Keeping, tiers_of
-from trainkit.checkpoint.store import Loaded, load
+from trainkit.checkpoint.store import FOLDER, Loaded, load
 from trainkit.config import Count, Natural, NonNegative, Positive, config
 from trainkit.parallel import Group
-
-FOLDER = "checkpoints"
 
 __all__ = [
     "FOLDER",
@@ -38,7 +37,8 @@ class Checkpoint:
     ever. `max_gb` is the most that all of them may take; the newest two stay in any case.
 
     `asynchronous`: training goes on while a copy in host memory is written. `pack`: tensors of these are compressed
-    (zstd). `attempts`: saves in a row that may fail before the run stops.
+    (zstd). `attempts`: saves in a row that may fail before the run stops. `mirror`: an address (s3://, gs://, file://)
+    to which what is kept is copied, behind training.
     """
 
     every: Natural = 100
@@ -50,6 +50,7 @@ class Checkpoint:
     asynchronous: bool = True
     pack: tuple[Literal["model", "optimizer"], ...] = ()
     attempts: Count = 3
+    mirror: str | None = None
 
     def due(self, step: int, *, epoch_end: bool) -> bool:
         """Whether to save after `step` updates."""
@@ -68,9 +69,10 @@ class Checkpoint:
         versions: Mapping[str, str],
         host: Group | None = None,
         saving: Group | None = None,
+        mirror: Mirror | None = None,
     ) -> Checkpointer:
         """A checkpointer in a run's folder. `host` and `saving` are the ranks that save together, in the loop and behind
-        it."""
+        it; `mirror` is the first rank's."""
         return Checkpointer(
             folder / FOLDER,
             folder.name,
@@ -80,4 +82,5 @@ class Checkpoint:
             packed_names=tuple(f"{group}." for group in self.pack),
             host=host or Group(),
             saving=saving or Group(),
+            mirror=mirror,
         )

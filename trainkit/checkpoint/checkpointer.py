@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainkit.checkpoint import store, writing
 from trainkit.checkpoint.manifest import BadCheckpoint
+from trainkit.checkpoint.mirror import Mirror
 from trainkit.checkpoint.shelf import Keeping, Shelf
 from trainkit.checkpoint.staging import Staging, room_for
 from trainkit.checkpoint.store import Loaded, Places
@@ -50,9 +51,11 @@ class Checkpointer:
         packed_names: tuple[str, ...],
         host: Group,
         saving: Group,
+        mirror: Mirror | None,
     ) -> None:
         self.notes: list[str] = []  # what a person should be told of what was found or could not be removed
-        self.folder, self.shelf = folder, Shelf(folder, keeping, self.notes)
+        held = mirror.holds if mirror else set
+        self.folder, self.shelf, self._mirror = folder, Shelf(folder, keeping, self.notes, held), mirror
         self._run, self._versions, self._packed = run, versions, packed_names
         self._asynchronous, self._host, self._saving = asynchronous, host, saving
         self._staging = Staging()
@@ -172,13 +175,23 @@ class Checkpointer:
         problems = [problem for problem in self._host.all_do(attempt) if problem]
         return (None, problems[0]) if problems else (found[0], "")
 
+    def _keep(self) -> None:
+        """Prune, here and on the mirror, which gets the newest checkpoint, and the newest that is to be kept longer."""
+        self.shelf.prune()
+        if self._mirror is not None:
+            belongs = self.shelf.tiers()
+            newest = max(belongs)
+            longer = {"best", "epoch", "hours"} & set(belongs[newest])
+            self._mirror.submit(self.folder / store.step_name(newest), kept=bool(longer))
+            self._mirror.keep(list(belongs))
+
     def _save(self, it: Draft, group: Group, begin: float, stall: float | None) -> None:
         """Write a draft, prune, and note how it ended. Never raises: what went wrong is in the outcome."""
         error: SaveFailed | None = None
         try:
             group.first_does(lambda: self.shelf.make_way(self.folder / store.step_name(it.step), it.size))
             writing.commit(self.folder, self._run, it, group=group, versions=self._versions)
-            group.first_does(self.shelf.prune)
+            group.first_does(self._keep)
         except (OSError, ValueError, RuntimeError) as raised:
             error = SaveFailed(f"step {it.step} could not be saved to {self.folder}: {_reason(raised)}")
         seconds = time.perf_counter() - begin

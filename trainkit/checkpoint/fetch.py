@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainkit import atomic
-from trainkit.checkpoint import FOLDER, store
+from trainkit.checkpoint import store
 from trainkit.checkpoint.lock import NAME as LOCK
 from trainkit.checkpoint.lock import RunLock
 from trainkit.checkpoint.mirror import Differs
@@ -50,9 +50,9 @@ def fetch(url: str, root: Path, *, differs: Differs, note: Callable[[str], None]
         if not (folder / CONFIG).exists():
             atomic.write(folder / CONFIG, config.encode())
             atomic.sync_folder(root)
-        (folder / FOLDER).mkdir(exist_ok=True)
+        (folder / store.FOLDER).mkdir(exist_ok=True)
         atomic.sync_folder(folder)
-        return remote.download(run, step, folder / FOLDER, note)
+        return remote.download(run, step, folder / store.FOLDER, note)
 
 
 def _refuse(folder: Path, step: int, config: str, differs: Differs) -> None:
@@ -64,7 +64,7 @@ def _refuse(folder: Path, step: int, config: str, differs: Differs) -> None:
         return
     if differences := differs(mine.read_text(), config):
         raise UserError(f"{folder} is another run ({differences[0]}): choose another --runs")
-    newer = [s for p in store.folders(folder / FOLDER) if (s := store.step_of(p.name)) is not None and s > step]
+    newer = [s for p in store.folders(folder / store.FOLDER) if (s := store.step_of(p.name)) is not None and s > step]
     if newer:
         raise UserError(
             f"{folder} is at step {newer[-1]}, and the remote at step {step}: go on with `trainkit resume {folder.name}`, "

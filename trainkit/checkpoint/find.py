@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainkit.checkpoint import FOLDER, Keeping, store, tiers_of
 from trainkit.checkpoint.manifest import BadCheckpoint
+from trainkit.checkpoint.mirror import last_state
 from trainkit.errors import DamagedError, UserError, nearest
 
 Policy = Callable[[Path], Keeping]  # a run's folder to what its config says of its tiers
@@ -28,6 +29,7 @@ class Entry:
     epoch: float | None
     time: float | None
     problem: str | None
+    mirror: dict[str, Any] | None = None  # of its run: url, uploaded_step, waiting_step, problem
 
     def as_json(self) -> dict[str, Any]:
         """The entry as a script reads it."""
@@ -119,7 +121,9 @@ def runs_in(root: Path) -> list[str]:
 
 def _entries(folder: Path, policy: Policy) -> list[Entry]:
     belongs = tiers_of([m for _, m in store.whole(folder / FOLDER)], policy(folder))
-    return [_entry(path, folder.name, belongs) for path in store.folders(folder / FOLDER)]
+    mirror = last_state(folder)
+    entries = [_entry(path, folder.name, belongs) for path in store.folders(folder / FOLDER)]
+    return [replace(entry, mirror=mirror) for entry in entries]
 
 
 def _entry(path: Path, run: str, belongs: dict[int, list[str]]) -> Entry:

@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from trainkit.atomic import sync_folder
-from trainkit.checkpoint import FOLDER, files, store
+from trainkit.checkpoint import files, store
 from trainkit.checkpoint import manifest as manifests
 from trainkit.checkpoint.manifest import BadCheckpoint, Manifest
 from trainkit.checkpoint.storage import Entry, RemoteError, Storage
@@ -78,7 +78,7 @@ class Remote:
 
     def steps(self, run: str) -> list[int]:
         """The steps that have a folder there, whole or not."""
-        found = self._storage.entries(f"{_named(run)}/{FOLDER}")
+        found = self._storage.entries(f"{_named(run)}/{store.FOLDER}")
         steps = [(name, store.step_of(name)) for name, entry in found.items() if entry.folder]
         # digits of other scripts are digits to a regex and no name of ours
         return sorted(step for name, step in steps if step is not None and store.step_name(step) == name)
@@ -121,7 +121,7 @@ class Remote:
                     return self._fetch(at, *found, into)
             except BadCheckpoint as error:
                 bad.append(f"{store.step_name(its)}: {error}")
-                note(f"warning: {self.url}/{run}/{FOLDER}/{bad[-1]}")
+                note(f"warning: {self.url}/{run}/{store.FOLDER}/{bad[-1]}")
         if bad:
             raise DamagedError(f"no checkpoint that was asked for in {self.url}/{run} is good: {'; '.join(bad)}")
         raise UserError(f"{self.url}/{run} has no whole checkpoint{'' if step is None else f' of step {step}'}")
@@ -213,7 +213,7 @@ def _named(run: str) -> str:
 
 
 def _at(run: str, step: int) -> str:
-    return f"{_named(run)}/{FOLDER}/{store.step_name(step)}"
+    return f"{_named(run)}/{store.FOLDER}/{store.step_name(step)}"
 
 
 def _set_aside(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The folder that holds a run's checkpoints: what lies there, what may go, and what is set aside."""
 
 import shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,15 @@ class Keeping:
 class Shelf:
     """Its caller holds the run's lock, and is the only one to call. `notes` are for a person."""
 
-    def __init__(self, folder: Path, keeping: Keeping, notes: list[str]) -> None:
+    def __init__(
+        self, folder: Path, keeping: Keeping, notes: list[str], held: Callable[[], Collection[Path]] = tuple
+    ) -> None:
         self.folder, self.keeping, self.notes = folder, keeping, notes
+        self._held = held  # folders that are being read, by a mirror
+
+    def tiers(self) -> dict[int, list[str]]:
+        """The tiers of the whole checkpoints, by step."""
+        return tiers_of([manifest for _, manifest in store.whole(self.folder)], self.keeping)
 
     def make_way(self, final: Path, size: int) -> None:
         """Free the name `final`, and room for `size` bytes: what is kept beyond the newest two may go for it.
@@ -61,7 +69,8 @@ class Shelf:
         if limit is not None:
             over = over_budget(_kept([m for _, m in good.values()]), belongs, limit)
             gone += [step for step in over if only is None or set(belongs[step]) <= only]
-        return [good[step] for step in sorted(gone)]
+        held = {path.absolute() for path in self._held()}
+        return [good[step] for step in sorted(gone) if good[step][0].absolute() not in held]
 
     def prune(self, budget: float | None = None, only: set[str] | None = None) -> None:
         """Remove what no tier keeps: first its name, durably, so that half of one is never found."""

@@ -28,6 +28,7 @@ from trainkit.checkpoint.layout import Box, local_boxes
 from trainkit.checkpoint.manifest import BadCheckpoint, Manifest
 from trainkit.parallel import Group
 
+FOLDER = "checkpoints"  # in a run's folder
 STATE = "train_state.json"
 _STEP = re.compile(r"step-([0-9]{10})")
 PARTIAL, TRASH, BAD = ".tmp-", ".trash-", ".bad-"

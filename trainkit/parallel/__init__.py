@@ -13,7 +13,6 @@ from trainkit.parallel.group import ElsewhereError, Group
 from trainkit.parallel.pace import straggler
 from trainkit.parallel.ranks import Ranks
 
-
 TIMEOUT = timedelta(minutes=10)  # a rank that says nothing for so long is taken for dead
 
 __all__ = ["ElsewhereError", "Group", "Parallel", "Ranks", "straggler"]
