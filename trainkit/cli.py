@@ -60,6 +60,9 @@ def train(overrides: Words = None, runs: Runs = RUNS, config_dir: ConfigDir = No
 
     With nothing else said: a tiny model on the embedded corpus, on a CPU, in about a minute.
     """
+    from trainkit import signals
+
+    signals.leave_at_once()
     from trainkit import launch, run
 
     _leave(launch.train(run.composed(overrides or [], config_dir), runs))
@@ -73,6 +76,9 @@ def resume(
     config_dir: ConfigDir = None,
 ) -> None:
     """Go on from a run's folder alone. How it is done may change; what is learned may not."""
+    from trainkit import signals
+
+    signals.leave_at_once()
     from trainkit import launch
 
     if "=" in which:

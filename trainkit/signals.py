@@ -4,6 +4,7 @@ A stop before the first step of this process loses nothing, so it happens at onc
 text, loading, compiling. Later it sets a flag, which has to be looked at wherever the loop may stay long.
 """
 
+import os
 import signal
 import threading
 import time
@@ -77,6 +78,11 @@ class Signals:
             if self.asked is None and announced(self._notice):
                 signal.raise_signal(signal.SIGTERM)  # so that it is handled in the first thread, like any other
                 return
+
+
+def leave_at_once() -> None:
+    """Until a `Signals` takes over, a SIGTERM ends the process with 75: a wrapper can tell it from a failure."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(STOPPED))
 
 
 def announced(notice: str) -> bool:

@@ -1,0 +1,171 @@
+"""Being stopped at any moment: while preparing, compiling, evaluating, saving; and the scripts that start again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import SMALL
+from tests.ranks import free_port
+from trainkit import launch
+from trainkit.checkpoint import find, load
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRAINKIT": f"{Path(sys.executable).parent}/trainkit"}
+BUSY = [
+    *SMALL,
+    "evaluation.every=3",
+    "evaluation.sample_tokens=20",
+    "checkpoint.every=2",
+    "steps=30",
+    "model.dropout=0.1",
+]
+
+
+def start(*command: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def code_of(*command: str) -> int:
+    process = start(*command)
+    process.communicate()
+    return process.returncode
+
+
+def final(name: str) -> dict[str, torch.Tensor]:
+    return load(find.resolve(name, Path("runs"), launch.policy)).tensors
+
+
+def same(name: str, other: str) -> bool:
+    ours, theirs = final(name), final(other)
+    return all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
+
+
+def loaded(process: subprocess.Popen[str]) -> None:
+    """Wait until Python has come as far as trainkit's own handlers."""
+    caught = 1 << (signal.SIGTERM - 1)
+    while process.poll() is None:
+        lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        if int(lines["SigCgt"], 16) & caught:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("how", [[], ["compile=full", "evaluation.sample_tokens=0"]], ids=["eager", "compiled"])
+def test_a_stop_at_any_moment_is_a_clean_one(how: list[str]) -> None:
+    draw = random.Random(0)
+    command = [sys.executable, "-m", "trainkit", "train", *BUSY, *how]
+    begin = time.monotonic()
+    assert code_of(*command, "name=whole") == 0
+    seconds, stops = time.monotonic() - begin, 0
+    while True:
+        run = start(*command, "name=stopped")
+        loaded(run)
+        try:
+            out, _ = run.communicate(timeout=draw.uniform(0, 0.8) * seconds if stops < 6 else None)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGTERM)
+            out, _ = run.communicate(timeout=60)
+        assert run.returncode in (0, 75), out
+        if run.returncode == 0:
+            break
+        stops += 1
+    assert stops > 1
+    lines = [json.loads(line) for line in Path("runs/stopped/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert same("stopped", "whole")
+
+
+@pytest.mark.timeout(120)
+def test_the_spot_loop_goes_on_after_kills_and_stops_when_asked() -> None:
+    what = [*SMALL, "steps=3000", "checkpoint.every=20", "name=s", "evaluation=end"]
+    loop = start(str(ROOT / "scripts/spot_loop.sh"), *what, WAIT_S="0.1")
+    checkpoints = Path("runs/s/checkpoints")
+
+    def newest() -> int:
+        return max((int(p.name[5:]) for p in checkpoints.glob("step-*")), default=0) if checkpoints.exists() else 0
+
+    def holder() -> int:
+        lock = Path("runs/s/LOCK")
+        return int(json.loads(lock.read_text() or '{"pid": 0}')["pid"]) if lock.exists() else 0
+
+    def comes_further(before: int, step: int) -> tuple[int, int]:
+        """Another process than `before` has the run, and has saved beyond `step`: its pid, and where it is."""
+        while holder() == before or newest() <= step:
+            time.sleep(0.05)
+            assert loop.poll() is None
+        return holder(), newest()
+
+    pid, step = 0, 0
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        pid, step = comes_further(pid, step)
+        os.kill(pid, number)
+    comes_further(pid, step)
+    loop.send_signal(signal.SIGTERM)
+    out = loop.communicate(timeout=60)[0]
+    assert loop.returncode == 75, out
+    assert out.count("starting it again") == 3, out
+    assert code_of(str(ROOT / "scripts/spot_loop.sh"), "model=nothing") == 2
+
+
+@pytest.mark.timeout(120)
+def test_the_slurm_job_requeues_itself(tmp_path: Path) -> None:
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    (fake / "scontrol").chmod(0o755)
+    path = f"{fake}:{os.environ['PATH']}"
+    what = [*SMALL, "steps=3000", "checkpoint.every=20", "name=s", "evaluation=end"]
+    job = start(str(ROOT / "scripts/slurm.sbatch"), *what, PATH=path, SLURM_JOB_ID="7")
+    while not list(Path("runs").glob("s/checkpoints/step-*")):
+        time.sleep(0.05)
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)  # as --signal=B:TERM@120 sends it
+    out = job.communicate(timeout=60)[0]
+    assert job.returncode == 0, out
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    held = final("s")
+    assert held
+
+
+@pytest.mark.timeout(180)
+def test_ranks_of_a_stopped_rank_do_not_wait_for_ever() -> None:
+    port = free_port()
+    what = [*SMALL, "parallel=ddp", "steps=100000", "name=h", "evaluation=end", "checkpoint.every=50"]
+    ranks = [
+        start(
+            *[sys.executable, "-m", "trainkit", "train", *what],
+            RANK=str(r),
+            WORLD_SIZE="2",
+            LOCAL_RANK=str(r),
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+        )
+        for r in range(2)
+    ]
+    while not list(Path("runs").glob("h/checkpoints/step-*")):
+        time.sleep(0.05)
+        assert ranks[0].poll() is None
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    out = ranks[0].communicate(timeout=90)[0]
+    assert time.monotonic() - begin < 60
+    assert ranks[0].returncode == 1
+    assert "is taken for hung: stacks of its threads are in" in out
+    assert "distributed" in Path("runs/h/stacks-rank-0.txt").read_text()  # where it waits
+    ranks[1].kill()
+    ranks[1].communicate()
