@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,27 @@ def test_modes_respect_the_umask() -> None:
     finally:
         os.umask(old)
     assert {f.stat().st_mode & 0o777 for f in path.iterdir()} == {0o640}
+
+
+def test_a_save_that_is_under_way_keeps_its_own_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = files.write
+
+    def slowly(path: Path, parts: Any) -> Any:
+        time.sleep(0.1)
+        return real(path, parts)
+
+    it = saver(keep=9)
+    monkeypatch.setattr(files, "write", slowly)
+    weight = torch.zeros(1000)
+    for step in (1, 2, 3):
+        weight.fill_(step)
+        it.save(step, {"model.w": weight}, {}, {}, facts=FACTS)
+        it.make_room({"model.w": weight})
+    it.wait()
+    for outcome in it.finished():
+        assert outcome.error is None
+        assert outcome.stall_s < outcome.save_s
+    for step in (1, 2, 3):
+        assert torch.equal(
+            store.load(it.folder / store.step_name(step)).tensors["model.w"], torch.full((1000,), float(step))
+        )

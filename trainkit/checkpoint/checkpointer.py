@@ -80,7 +80,7 @@ class Checkpointer:
     def make_room(self, tensors: Mapping[str, Tensor]) -> None:
         """Begin to get the memory that copies of these need, behind training: the first time that takes far longer than
         the copy."""
-        if self._asynchronous:
+        if self._asynchronous and self._thread is None:  # a save that is under way has what it needs
             it = writing.draft(0, tensors, {}, {}, {}, group=self._host, packed_names=self._packed)
             self._thread = threading.Thread(target=self._staging.make_room, args=(it.held,), daemon=True)
             self._thread.start()
