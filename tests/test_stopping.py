@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,14 +31,30 @@ BUSY = [
 ]
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+        if process.stdout and not process.stdout.closed:
+            process.communicate()
+
+
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         env={**os.environ, **ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def code_of(*command: str) -> int:
@@ -81,10 +99,13 @@ def test_a_stop_at_any_moment_is_a_clean_one(how: list[str]) -> None:
             run.send_signal(signal.SIGTERM)
             out, _ = run.communicate(timeout=60)
         assert run.returncode in (0, 75), out
-        if run.returncode == 0:
+        if run.returncode == 75:
+            stops += 1
+        elif stops > 1:
             break
-        stops += 1
-    assert stops > 1
+        else:  # it was faster than its stopper: once more from the start
+            shutil.rmtree("runs/stopped")
+            seconds *= 0.7
     lines = [json.loads(line) for line in Path("runs/stopped/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert same("stopped", "whole")
@@ -166,6 +187,4 @@ def test_ranks_of_a_stopped_rank_do_not_wait_for_ever() -> None:
     assert time.monotonic() - begin < 60
     assert ranks[0].returncode == 1
     assert "is taken for hung: stacks of its threads are in" in out
-    assert "distributed" in Path("runs/h/stacks-rank-0.txt").read_text()  # where it waits
-    ranks[1].kill()
-    ranks[1].communicate()
+    assert "in one_step" in Path("runs/h/stacks-rank-0.txt").read_text()  # where it waits
