@@ -60,6 +60,7 @@ class Checkpointer:
         self._asynchronous, self._host, self._saving = asynchronous, host, saving
         self._staging = Staging()
         self._thread: threading.Thread | None = None
+        self._last: Draft | None = None  # whose plan holds for the next, usually
         self._outcomes: list[Outcome] = []
 
     def preflight(self, expected_bytes: int) -> None:
@@ -103,7 +104,10 @@ class Checkpointer:
         """
         begin = time.perf_counter()
         self.wait()
-        it = writing.draft(step, tensors, state, carried, facts, group=self._host, packed_names=self._packed)
+        it = writing.draft(
+            step, tensors, state, carried, facts, group=self._host, packed_names=self._packed, like=self._last
+        )
+        self._last = it.plan()
         if wait or not self._asynchronous:
             self._save(it, self._host, begin, None)
             return

@@ -77,7 +77,7 @@ def stream(source: Source) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], 
     length = int.from_bytes(_taken(source, 8), "little")
     if length > MAX_HEADER:
         raise ValueError("its header is longer than any")
-    header = strict.parse_json(_taken(source, length), max_bytes=MAX_HEADER, max_depth=8)
+    header = strict.parse_json(bytes(_taken(source, length)), max_bytes=MAX_HEADER, max_depth=8)
     if not isinstance(header, dict):
         raise ValueError("its header is none")
     place = 0

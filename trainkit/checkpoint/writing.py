@@ -23,7 +23,7 @@ from trainkit.parallel import Group
 
 @dataclass(frozen=True)
 class Draft:
-    """A checkpoint that is to be saved. `held` is what this rank writes of it, by box."""
+    """A checkpoint that is to be saved. `held` is what this rank writes of it, by box; `local` all that it has."""
 
     step: int
     state: Mapping[str, Any]
@@ -32,6 +32,11 @@ class Draft:
     tensors: Mapping[str, Mapping[str, Any]]
     shards: tuple[ShardFile, ...]
     held: Mapping[Box, Tensor]
+    local: tuple[tuple[Box, torch.dtype], ...]
+
+    def plan(self) -> "Draft":
+        """The draft without its tensors, which would live on with it."""
+        return replace(self, held=dict.fromkeys(self.held, torch.empty(0)))
 
     @property
     def size(self) -> int:
@@ -51,9 +56,14 @@ def draft(
     *,
     group: Group,
     packed_names: tuple[str, ...] = (),
+    like: Draft | None = None,
 ) -> Draft:
-    """Agree with the other ranks on who writes what. The tensors are still those of the model."""
+    """Agree with the other ranks on who writes what, as in the draft `like` where the tensors are laid out as in it. They
+    are still those of the model."""
     held = {box: part for name, tensor in tensors.items() for box, part in local_boxes(name, tensor)}
+    local = tuple((box, part.dtype) for box, part in held.items())
+    if like is not None and like.local == local:
+        return replace(like, step=step, state=state, carried=carried, facts=facts, held={b: held[b] for b in like.held})
     said = [[box.name, box.offset, box.shape, part.nbytes] for box, part in held.items()]
     by_rank = [[(Box(n, tuple(o), tuple(s)), size) for n, o, s, size in rank] for rank in group.gather(said)]
     shards = layout.plan(by_rank, packed_names)
@@ -61,7 +71,9 @@ def draft(
     described = layout.describe(
         {name: (tensor_files.dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}, shards
     )
-    return Draft(step, state, carried, facts, described, tuple(shards), {b: t for b, t in held.items() if b in mine})
+    return Draft(
+        step, state, carried, facts, described, tuple(shards), {b: t for b, t in held.items() if b in mine}, local
+    )
 
 
 def commit(folder: Path, run: str, it: Draft, *, group: Group, versions: Mapping[str, str]) -> Path:
