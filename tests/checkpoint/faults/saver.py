@@ -61,7 +61,10 @@ def begin(group: Group, folder: str, fault: str, at: int, sticky: int, log: str,
         save(it, 3)
     except SaveFailed as error:
         return {"acknowledged": 2, "failed": str(error), "calls": SHIM.shim_disarm()}
-    return {"acknowledged": 3, "calls": SHIM.shim_disarm()}
+    calls = SHIM.shim_disarm()
+    if fault == "cut":  # none of the calls was cut, so now: what was acknowledged has to be there
+        SHIM.shim_cut()
+    return {"acknowledged": 3, "calls": calls}
 
 
 def resume(group: Group, folder: str) -> dict[str, object]:

@@ -1,5 +1,6 @@
 /* Counts the system calls of a save that change a disk, writes them down, and makes the one it is told to go wrong.
-   FAULT_AT: which call (from 1); FAULT: kill, torn (half of a write, then kill), short (half of a write) or an errno. */
+   FAULT_AT: which call (from 1); FAULT: kill, torn (half of a write, then kill), short (half of a write), cut (the file
+   system in POWER_CUT forgets all that is not on its disk, then kill) or an errno. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -9,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -24,6 +26,15 @@ void shim_arm(int n, const char *what, int stays, const char *log_path) {
 }
 int shim_disarm(void) { armed = 0; return count; }
 
+/* EXT4_IOC_SHUTDOWN without flushing the log: what a power cut leaves */
+void shim_cut(void) {
+    unsigned int no_log_flush = 2;
+    int folder = open(getenv("POWER_CUT"), O_RDONLY | O_DIRECTORY);
+    if (folder < 0 || ioctl(folder, 0x8004587d, &no_log_flush)) _exit(3);
+    kill(getpid(), SIGKILL);
+    pause();
+}
+
 /* 0: go on; 1: fail with errno; 2: do half of it and succeed; 3: do half of it, then die */
 static int decide(const char *name, const char *path, int fd) {
     if (!armed) return 0;
@@ -35,6 +46,7 @@ static int decide(const char *name, const char *path, int fd) {
     }
     if (count != at && !(sticky && at && count > at)) return 0;
     if (!strcmp(fault, "kill")) { kill(getpid(), SIGKILL); pause(); }
+    if (!strcmp(fault, "cut")) shim_cut();
     if (!strcmp(fault, "torn")) return 3;
     if (!strcmp(fault, "short")) return 2;
     errno = atoi(fault);
