@@ -165,7 +165,7 @@ def _trainer(
         checkpointer.notes.append(f"went on from step {found.step}, verified and loaded in {seconds:.2f} s")
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
-    trackers.start(header(run, made, corpus), it.step, steps=made.stop_at, config=run.yaml())
+    trackers.start(header(run, made, corpus, mirror), it.step, steps=made.stop_at, config=run.yaml())
     made.tell_what_was_found()
     try:
         yield made
@@ -190,7 +190,7 @@ def _opened(run: Run, joined: Ranks, report: Report | None) -> Any:
     return run.data.open()
 
 
-def header(run: Run, trainer: Trainer, corpus: Any) -> dict[str, str]:
+def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> dict[str, str]:
     """What a person wants to see before a run starts."""
     it, meter = trainer.learner, trainer.meter
     device, ways = it.ranks.device, it.ranks.size
@@ -208,7 +208,7 @@ def header(run: Run, trainer: Trainer, corpus: Any) -> dict[str, str]:
         "batch": f"{micro} rows × {accumulated} accumulated × {ways} rank{'s' if ways > 1 else ''} = {run.data.batch} "
         f"rows of {run.data.length}: {human_count(meter.tokens_per_step)} tokens a step, "
         f"{run.data.batch * run.steps / _samples(it):.1f} epochs",
-        **({"mirror": run.checkpoint.mirror} if run.checkpoint.mirror else {}),
+        **({"mirror": mirror.describe()} if mirror else {}),
         "memory": f"{run.memory.describe()}; a checkpoint takes {human_bytes(_checkpoint_bytes(it))}",
     }
 

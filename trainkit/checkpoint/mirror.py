@@ -63,6 +63,7 @@ class Mirror:
         self._uploaded = before["uploaded_step"] if before and before["url"] == self._remote.url else None
         self._uploaded_number = self._submitted = 0
         self._problem: str | None = None
+        self._problem_before = before["problem"] if before else None  # in the process before this one
         self._newest: _Job | None = None
         self._kept: _Job | None = None
         self._current: _Job | None = None
@@ -116,6 +117,13 @@ class Mirror:
                 "waiting_step": waiting.step if waiting else None,
                 "problem": self._problem,
             }
+
+    def describe(self) -> str:
+        """Where it sends to and how far it has come, for a person."""
+        state = self.state
+        there = "nothing is there yet" if state["uploaded_step"] is None else f"step {state['uploaded_step']} is there"
+        problem = state["problem"] or self._problem_before
+        return f"{state['url']}, {there}" + (f"; it failed: {problem}" if problem else "")
 
     def close(self, timeout_s: float) -> None:
         """Wait so many seconds for what is not uploaded yet, then give it up with a note. Never raises."""
