@@ -112,6 +112,19 @@ def test_a_stop_at_any_moment_is_a_clean_one(how: list[str]) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_a_stop_while_python_takes_itself_down_changes_nothing() -> None:
+    code = """
+import signal
+from trainkit.signals import leave_at_once
+class Slow:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+slow = Slow()
+leave_at_once()
+"""
+    assert code_of(sys.executable, "-c", code) == 0
+
+
 def test_the_spot_loop_goes_on_after_kills_and_stops_when_asked() -> None:
     what = [*SMALL, "steps=3000", "checkpoint.every=20", "name=s", "evaluation=end"]
     loop = start(str(ROOT / "scripts/spot_loop.sh"), *what, WAIT_S="0.1")

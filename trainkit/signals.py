@@ -4,6 +4,7 @@ A stop before the first step of this process loses nothing, so it happens at onc
 text, loading, compiling. Later it sets a flag, which has to be looked at wherever the loop may stay long.
 """
 
+import atexit
 import os
 import signal
 import threading
@@ -81,8 +82,10 @@ class Signals:
 
 
 def leave_at_once() -> None:
-    """Until a `Signals` takes over, a SIGTERM ends the process with 75: a wrapper can tell it from a failure."""
+    """Until a `Signals` takes over, a SIGTERM ends the process with 75: a wrapper can tell it from a failure. While Python
+    takes itself down, which forgets handlers, it does nothing: all is done by then, and the exit code says how."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(STOPPED))
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
 def announced(notice: str) -> bool:
