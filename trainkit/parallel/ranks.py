@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainkit.parallel.group import Group
-from trainkit.parallel.pace import Pace
+from trainkit.parallel.pace import Pace, straggler
 from trainkit.parallel.replicate import Replicas
 
 
@@ -25,6 +25,7 @@ class Ranks:
     kind: str = "single"
     pace: Pace = field(init=False)
     replicas: Replicas | None = None
+    slow: int | None = None  # the rank of which was said that it is slow
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.device)
@@ -45,6 +46,13 @@ class Ranks:
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor that may lie in slices on the ranks, in one piece."""
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+
+    def own(self, norm: Tensor) -> Tensor:
+        """Of the gradients' `norm` what this rank alone answers for: its replica's before they were summed, or that of
+        its slices."""
+        if self.replicas is not None:
+            return self.replicas.own_norm()
+        return norm.to_local() if hasattr(norm, "to_local") else norm  # a DTensor
 
     def apply(self, model: nn.Module, *, exact_sums: bool = False) -> nn.Module:
         """`model` spread over the ranks. With `exact_sums` the gradients are summed by somebody else."""
@@ -67,6 +75,16 @@ class Ranks:
         """Wait for the sums of gradients, after the step's last backward."""
         if self.replicas is not None:
             self.replicas.finish()
+
+    def straggler(self) -> str | None:
+        """Which rank keeps the others waiting, in words, when it is another one than when this was asked last."""
+        if self.size == 1:
+            return None
+        found, before = straggler(self.host.gather(self.pace.read())), self.slow
+        self.slow = found[0] if found else None
+        if not found or found[0] == before:
+            return None
+        return f"rank {found[0]} takes {found[1]:.1f} times as long as the others for its part"
 
     def leave(self) -> None:
         """Part from the other ranks, when all are done."""

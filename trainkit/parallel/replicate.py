@@ -25,6 +25,7 @@ class Replicas:
         self._buckets = _buckets(parameters)
         self._missing: list[int] = []
         self._works: list[tuple[list[Tensor], Tensor, Any]] = []
+        self._norms: list[Tensor] = []
         self._summing = False
         for number, bucket in enumerate(self._buckets):
             for parameter in bucket:
@@ -34,6 +35,7 @@ class Replicas:
         """Say before a backward whether it is the last one of the step: then sums are made."""
         self._summing = last
         self._missing = [len(bucket) for bucket in self._buckets]
+        self._norms = []
 
     def finish(self) -> None:
         """Wait for the sums, after the last backward. A parameter that got no gradient on this rank counts as zero."""
@@ -46,6 +48,10 @@ class Replicas:
                 grad.copy_(whole.view_as(grad))
         self._works, self._missing = [], []
 
+    def own_norm(self) -> Tensor:
+        """The norm of this rank's gradients of the last step, as they were before they were summed (a float64 scalar)."""
+        return torch.linalg.vector_norm(torch.stack(self._norms))
+
     def _arrived(self, number: int) -> None:
         if self._summing:
             self._missing[number] -= 1
@@ -55,6 +61,7 @@ class Replicas:
     def _send(self, number: int) -> None:
         grads = [_gradient(p) for p in self._buckets[number]]
         flat = torch.cat([g.flatten() for g in grads])
+        self._norms.append(torch.linalg.vector_norm(flat).double())
         self._works.append((grads, flat, dist.all_reduce(flat, async_op=True)))
 
 

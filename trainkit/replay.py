@@ -1,0 +1,146 @@
+"""Is it the machine or the data? A step that went wrong is computed again, from the same weights, batch and seeds.
+
+The same answer speaks of the data or the model. Another one speaks of a processor, a memory or a link that computed
+wrongly and did not say so (silent data corruption: Dixit et al. 2021, arXiv:2102.11245); then a third computation
+decides, and what two agree on is taken. What is wrong in the weights themselves is wrong each time: it looks like data.
+"""
+
+import math
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainkit.errors import UnreliableError
+from trainkit.learner import ANSWER, Learner
+from trainkit.watchdog import Watchdog
+
+TOLERANCE = 1e-2  # relative, where arithmetic is not the same each time: sums on a GPU may take any order
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a computation of a step gave on this rank: the numbers of `learner.ANSWER`, and a sum over all bits of the
+    gradients where it was taken."""
+
+    numbers: tuple[float, ...]
+    bits: int | None = None
+
+    def differs(self, other: "Answer", *, exact: bool) -> tuple[bool, bool, bool]:
+        """Whether this rank's own loss, its own gradients, or anything at all is another in `other`."""
+        same = [_same(a, b, exact=exact) for a, b in zip(self.numbers, other.numbers, strict=True)]
+        bits = exact and None not in (self.bits, other.bits) and self.bits != other.bits
+        whole = not all(same) or bits
+        return not same[ANSWER.index("own_loss")], not same[ANSWER.index("own_norm")], whole
+
+
+class Replay:
+    """Computes steps of `learner` again. All ranks call the same methods at the same step; `say` is told of a machine's
+    fault, `note` of what is none."""
+
+    def __init__(
+        self, learner: Learner, watchdog: Watchdog, note: Callable[[str], None], say: Callable[[str], None]
+    ) -> None:
+        self._learner, self._watchdog, self._note, self._say = learner, watchdog, note, say
+        self._exact = learner.ranks.device.type == "cpu"
+
+    def again(self) -> dict[str, Any] | None:
+        """Compute the bad step that the learner stands before once more. Where the machine was wrong the step is made with
+        what two computations agree on, and its metrics are given; None where the step is bad indeed.
+
+        Raises:
+            UnreliableError: three computations gave three answers.
+        """
+        learner, bad = self._learner, self._learner.step
+        with self._watchdog.phase("step that is computed again"):
+            first = Answer(tuple(learner.bad_answer.tolist()))
+            _, second = self._compute(learner.batch())
+            blamed = self._blamed(first, second)
+            if not blamed:
+                learner.discard()
+                what = f"loss {second.numbers[0]:g}, gradient norm {second.numbers[1]:g}"
+                self._note(
+                    f"step {bad + 1}, computed again, gives the same ({what}): it is the data or the model, not the machine"
+                )
+                return None
+            metrics = self._third(first, second, blamed)
+            learner.start_at(bad)
+            made = learner.update(metrics)
+            if learner.failed_at() is None:
+                return made
+            learner.step = bad
+            return None
+
+    def check(self) -> dict[str, Any]:
+        """A step that is computed twice before it is made; its metrics.
+
+        Raises:
+            UnreliableError: three computations gave three answers.
+        """
+        learner = self._learner
+        with self._watchdog.phase("step that is computed twice"):
+            batch = learner.batch()
+            _, first = self._compute(batch)
+            learner.discard()
+            metrics, second = self._compute(batch)
+            if blamed := self._blamed(first, second):
+                metrics = self._third(first, second, blamed)
+            return learner.update(metrics)
+
+    def _third(self, first: Answer, second: Answer, blamed: list[str]) -> dict[str, Tensor]:
+        """The metrics of a third computation, whose gradients are left in the parameters, if it agrees with one of two."""
+        learner = self._learner
+        learner.discard()
+        metrics, third = self._compute(learner.batch())
+        answers = "; ".join(f"loss {a.numbers[0]:g}, gradient norm {a.numbers[1]:g}" for a in (first, second, third))
+        where = f"a fault of the machine at {' or '.join(blamed)}, not of the data"
+        if self._blamed(second, third) and self._blamed(first, third):
+            learner.discard()
+            raise UnreliableError(
+                f"step {learner.step + 1}, computed three times, gave three answers ({answers}): {where}; the weights "
+                f"before it are saved as step {learner.step}; go on with another machine"
+            )
+        self._say(
+            f"warning: step {learner.step + 1}, computed again, gave another answer ({answers}): {where}; it is made with "
+            f"the answer that two agree on"
+        )
+        return metrics
+
+    def _compute(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Answer]:
+        learner = self._learner
+        metrics = learner.compute(batch)
+        numbers = torch.stack([metrics[name].detach().double() for name in ANSWER]).tolist()
+        bits = checksum(p.grad for p in learner.parameters if p.grad is not None) if self._exact else None
+        return metrics, Answer(tuple(numbers), bits)
+
+    def _blamed(self, one: Answer, other: Answer) -> list[str]:
+        """The ranks whose answers differ, none where all agree: those whose own loss does, else whose own gradients do,
+        before the ranks' are summed, else whose sums do."""
+        ranks = self._learner.ranks
+        mine = f"rank {ranks.rank} ({socket.gethostname()}, {ranks.device})"
+        said = ranks.host.gather([mine, *one.differs(other, exact=self._exact)])
+        for column in (1, 2, 3):
+            if blamed := [its[0] for its in said if its[column]]:
+                return blamed
+        return []
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """A sum over the bits of some tensors (this rank's slices of them), which any one flipped bit changes."""
+    total = 0
+    for tensor in tensors:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor
+        total += int(local.detach().view(_INTEGERS[local.itemsize]).sum(dtype=torch.int64))
+    return total
+
+
+def _same(a: float, b: float, *, exact: bool) -> bool:
+    if exact:
+        return a == b or (math.isnan(a) and math.isnan(b))
+    if not math.isfinite(a) or not math.isfinite(b):
+        return math.isfinite(a) == math.isfinite(b)
+    return math.isclose(a, b, rel_tol=TOLERANCE)
