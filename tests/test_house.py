@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 
 ROOT = Path(trainkit.__file__).parent
 FLOORS = [
-    {"config", "errors", "units", "choices", "atomic", "strict"},
+    {"config", "errors", "units", "choices", "atomic", "strict", "fingerprint"},
     {
         "models",
         "data",

@@ -18,7 +18,7 @@ from trainkit.optimizers.state import places as optimizer_places
 from trainkit.spikes import Spikes
 
 T = TypeVar("T")
-ANSWER = ("loss", "grad_norm", "own_loss", "own_norm")  # by which two computations of a step are compared
+ANSWER = ("loss", "grad_norm", "own_loss", "own_gradients")  # by which two computations of a step are compared
 MODEL, OPTIMIZER, RANDOM, GUARD = "model.", "optimizer.", "random.", "guard."
 
 
@@ -74,8 +74,8 @@ class Learner:
             self.model, batch, microbatch=self.microbatch, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
         )
         self.scaler.unscale_(self.optimizer)
-        norm, own_norm = self.clip_gradients()
-        return {"own_loss": metrics["loss"], **metrics, "grad_norm": norm, "own_norm": own_norm}
+        norm, own = self.clip_gradients()
+        return {"own_loss": metrics["loss"], **metrics, "grad_norm": norm, "own_gradients": own}
 
     def update(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
         """Make the update of what `compute` left, unless it must not be made. The step is done either way."""
@@ -94,12 +94,13 @@ class Learner:
 
     def clip_gradients(self) -> tuple[Tensor, Tensor]:
         """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is), and what
-        this rank alone answers for of it."""
-        total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        norm = self.ranks.whole(total)
+        this rank alone answers for of the gradients."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = self.ranks.whole(torch.nn.utils.get_total_norm(gradients))
+        own = self.sums.own if self.sums else self.ranks.own(gradients, norm)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        return norm, self.sums.own_norm if self.sums else self.ranks.own(total)
+        return norm, own
 
     def seed_row(self, row: int) -> None:
         """Seed what is drawn for this rank's `row`, by its place in the global batch."""

@@ -7,7 +7,7 @@ decides, and what two agree on is taken. What is wrong in the weights themselves
 
 import math
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,27 +15,27 @@ import torch
 from torch import Tensor
 
 from trainkit.errors import UnreliableError
+from trainkit.fingerprint import fingerprint
 from trainkit.learner import ANSWER, Learner
 from trainkit.watchdog import Watchdog
 
 TOLERANCE = 1e-2  # relative, where arithmetic is not the same each time: sums on a GPU may take any order
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a computation of a step gave on this rank: the numbers of `learner.ANSWER`, and a sum over all bits of the
-    gradients where it was taken."""
+    """What a computation of a step gave on this rank: the numbers of `learner.ANSWER`, and that of the gradients' bits
+    where it was taken."""
 
     numbers: tuple[float, ...]
-    bits: int | None = None
+    bits: float | None = None
 
     def differs(self, other: "Answer", *, exact: bool) -> tuple[bool, bool, bool]:
         """Whether this rank's own loss, its own gradients, or anything at all is another in `other`."""
         same = [_same(a, b, exact=exact) for a, b in zip(self.numbers, other.numbers, strict=True)]
         bits = exact and None not in (self.bits, other.bits) and self.bits != other.bits
         whole = not all(same) or bits
-        return not same[ANSWER.index("own_loss")], not same[ANSWER.index("own_norm")], whole
+        return not same[ANSWER.index("own_loss")], not same[ANSWER.index("own_gradients")], whole
 
 
 class Replay:
@@ -48,9 +48,9 @@ class Replay:
         self._learner, self._watchdog, self._note, self._say = learner, watchdog, note, say
         self._exact = learner.ranks.device.type == "cpu"
 
-    def again(self) -> dict[str, Any] | None:
-        """Compute the bad step that the learner stands before once more. Where the machine was wrong the step is made with
-        what two computations agree on, and its metrics are given; None where the step is bad indeed.
+    def again(self, metrics: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+        """Compute the bad step that the learner stands before once more: its metrics, and whether it is made by now. Where
+        the machine was wrong that is done with what two computations agree on; where it is bad indeed it is not.
 
         Raises:
             UnreliableError: three computations gave three answers.
@@ -59,21 +59,18 @@ class Replay:
         with self._watchdog.phase("step that is computed again"):
             first = Answer(tuple(learner.bad_answer.tolist()))
             _, second = self._compute(learner.batch())
-            blamed = self._blamed(first, second)
-            if not blamed:
-                learner.discard()
-                what = f"loss {second.numbers[0]:g}, gradient norm {second.numbers[1]:g}"
-                self._note(
-                    f"step {bad + 1}, computed again, gives the same ({what}): it is the data or the model, not the machine"
-                )
-                return None
-            metrics = self._third(first, second, blamed)
-            learner.start_at(bad)
-            made = learner.update(metrics)
-            if learner.failed_at() is None:
-                return made
-            learner.step = bad
-            return None
+            if blamed := self._blamed(first, second):
+                third = self._third(first, second, blamed)
+                learner.start_at(bad)
+                metrics = learner.update(third)
+                made = learner.failed_at() is None
+                learner.step = bad + int(made)
+                return metrics, made
+            learner.discard()
+        self._note(
+            f"step {bad + 1}, computed again, gives the same ({_shown(second)}): it is the data or the model, not the machine"
+        )
+        return metrics, False
 
     def check(self) -> dict[str, Any]:
         """A step that is computed twice before it is made; its metrics.
@@ -96,7 +93,7 @@ class Replay:
         learner = self._learner
         learner.discard()
         metrics, third = self._compute(learner.batch())
-        answers = "; ".join(f"loss {a.numbers[0]:g}, gradient norm {a.numbers[1]:g}" for a in (first, second, third))
+        answers = "; ".join(_shown(answer) for answer in (first, second, third))
         where = f"a fault of the machine at {' or '.join(blamed)}, not of the data"
         if self._blamed(second, third) and self._blamed(first, third):
             learner.discard()
@@ -114,7 +111,8 @@ class Replay:
         learner = self._learner
         metrics = learner.compute(batch)
         numbers = torch.stack([metrics[name].detach().double() for name in ANSWER]).tolist()
-        bits = checksum(p.grad for p in learner.parameters if p.grad is not None) if self._exact else None
+        gradients = [p.grad for p in learner.parameters if p.grad is not None]
+        bits = float(fingerprint(gradients)) if self._exact else None
         return metrics, Answer(tuple(numbers), bits)
 
     def _blamed(self, one: Answer, other: Answer) -> list[str]:
@@ -129,13 +127,8 @@ class Replay:
         return []
 
 
-def checksum(tensors: Iterable[Tensor]) -> int:
-    """A sum over the bits of some tensors (this rank's slices of them), which any one flipped bit changes."""
-    total = 0
-    for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor
-        total += int(local.detach().view(_INTEGERS[local.itemsize]).sum(dtype=torch.int64))
-    return total
+def _shown(answer: Answer) -> str:
+    return f"loss {answer.numbers[0]:g}, gradient norm {answer.numbers[1]:g}"
 
 
 def _same(a: float, b: float, *, exact: bool) -> bool:

@@ -260,8 +260,10 @@ class Trainer:
         if bad is None:
             return metrics
         learner.step = bad
-        if self.guard.replay and (again := self.replay.again()) is not None:
-            return again
+        if self.guard.replay:
+            metrics, made = self.replay.again(metrics)
+            if made:
+                return metrics
         samples = learner.samples()
         if self.guard.policy == "skip" and learner.leave_out():
             self.trackers.note(f"warning: step {bad + 1} was left out (samples {samples})")

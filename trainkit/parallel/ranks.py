@@ -1,5 +1,6 @@
 """The processes of a run as one of them sees it, and the few questions that a task or a loop may ask of the others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainkit.fingerprint import fingerprint
 from trainkit.parallel.group import Group
 from trainkit.parallel.pace import Pace, straggler
 from trainkit.parallel.replicate import Replicas
@@ -47,12 +49,12 @@ class Ranks:
         """A tensor that may lie in slices on the ranks, in one piece."""
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
 
-    def own(self, norm: Tensor) -> Tensor:
-        """Of the gradients' `norm` what this rank alone answers for: its replica's before they were summed, or that of
-        its slices."""
+    def own(self, gradients: Sequence[Tensor], norm: Tensor) -> Tensor:
+        """What this rank alone answers for of the gradients, as one number: its replica's before they were summed, or its
+        slices of them; alone it is their `norm`."""
         if self.replicas is not None:
-            return self.replicas.own_norm()
-        return norm.to_local() if hasattr(norm, "to_local") else norm  # a DTensor
+            return self.replicas.own()
+        return fingerprint(gradients) if self.kind == "fsdp" else norm
 
     def apply(self, model: nn.Module, *, exact_sums: bool = False) -> nn.Module:
         """`model` spread over the ranks. With `exact_sums` the gradients are summed by somebody else."""
