@@ -104,6 +104,8 @@ def equal(name: str, other: str, *, logs: bool = True) -> None:
 
 def order(place: Path) -> list[list[int]]:
     with_many(place)
+    for i in range(60, 120):
+        (place / "corpus" / f"yet-{i}.txt").write_text(f"line {i} says {i * i} and then {i**3}. " * 6)
     run = runs.composed([*TWENTY, "name=probe"])
     loader = run.data.build(run.data.open(), seed=run.seed, ranks=build.ranks(run), device=torch.device("cpu"))
     return [loader.at(i)["ids"].tolist() for i in range(40)]
@@ -115,7 +117,7 @@ WAYS = {
     "skip": (20, ["optimizer=muon", "guard=skip", "memory=checkpoint"]),
     "elastic": (20, ["deterministic=elastic", "model.dropout=0.1"]),
     "workers": (7, ["data.workers=1"]),
-    "fp16": (3, ["precision=fp16", "guard=skip"]),
+    "fp16": (3, ["precision=fp16", "guard=skip", "data.length=8", "data.batch=1"]),
 }
 FAULTS = [
     Fault(0, "forward", "nan"),
@@ -140,7 +142,7 @@ def test_a_machines_fault_costs_nothing(way: str) -> None:
     lines, at = said("faulty"), [fault.step for fault in ours]
     assert [int(line.split("step ")[1].split(",")[0]) for line in lines] == [step + 1 for step in at]
     assert all("a fault of the machine at rank 0 (" in line for line in lines)
-    assert all("not of the data; it is made with the answer that two agree on" in line for line in lines)
+    assert all("not of the data; what two agree on is taken" in line for line in lines)
     assert not Path("runs/faulty/history.json").exists()
     assert faulty.computed == sorted([*range(steps), *at, *at])  # type: ignore[attr-defined]
 
@@ -148,7 +150,7 @@ def test_a_machines_fault_costs_nothing(way: str) -> None:
 @pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
 @pytest.mark.parametrize("step", [7, 12])
 def test_bad_data_are_told_from_a_bad_machine(policy: str, step: int, place: Path) -> None:
-    what = [f"guard.policy={policy}", "guard.pass_over=1", "steps=60"]
+    what = [f"guard.policy={policy}", "guard.pass_over=1", "steps=120", "optimizer.lr=0.01", "checkpoint.keep=2"]
     samples = only_in(order(place), step)
     clean = fit("clean", *what)
     with bad_data(samples):

@@ -72,13 +72,15 @@ class Replay:
         )
         return metrics, False
 
-    def check(self) -> dict[str, Any]:
-        """A step that is computed twice before it is made; its metrics.
+    def train_step(self) -> dict[str, Any]:
+        """A step and its metrics. Each `guard.check_every`-th is computed twice before it is made.
 
         Raises:
             UnreliableError: three computations gave three answers.
         """
-        learner = self._learner
+        learner, every = self._learner, self._learner.guard.check_every
+        if every is None or (learner.step + 1) % every:
+            return learner.train_step()
         with self._watchdog.phase("step that is computed twice"):
             batch = learner.batch()
             _, first = self._compute(batch)
@@ -102,8 +104,8 @@ class Replay:
                 f"before it are saved as step {learner.step}; go on with another machine"
             )
         self._say(
-            f"warning: step {learner.step + 1}, computed again, gave another answer ({answers}): {where}; it is made with "
-            f"the answer that two agree on"
+            f"warning: step {learner.step + 1}, computed again, gave another answer ({answers}): {where}; what two "
+            f"agree on is taken"
         )
         return metrics
 

@@ -126,8 +126,7 @@ class Trainer:
         self.save(wait=True)
 
     def one_step(self) -> None:
-        due = self.guard.check_every and (self.learner.step + 1) % self.guard.check_every == 0
-        metrics: Mapping[str, Any] = self.replay.check() if due else self.learner.train_step()
+        metrics: Mapping[str, Any] = self.replay.train_step()
         step = self.learner.step
         last = step == self.stop_at
         epoch_end = int(self.epoch(step)) > int(self.epoch(step - 1))
