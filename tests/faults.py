@@ -1,15 +1,30 @@
-"""A machine that computes wrongly without saying so: at one computation of one step, on one rank."""
+"""A machine that computes wrongly without saying so: at one computation of one step, on one rank. Runs on it, and on sound
+ones with bad data."""
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.conftest import SMALL
+from tests.test_guard import with_many
+from trainkit import build, launch
+from trainkit import run as runs
+from trainkit.checkpoint import find, load
 from trainkit.learner import Learner
+from trainkit.signals import Signals
+from trainkit.tasks import CausalLM
+from trainkit.tracking import Trackers
+from trainkit.trainer import Trainer
 
+TWENTY = [*SMALL, "steps=20", "checkpoint.every=4", "checkpoint.keep=9", "evaluation.sample_tokens=0"]
+LOGGED = ("step", "loss", "grad_norm", "lr", "tokens", "epoch", "val_loss")
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "nan": lambda x: torch.full_like(x, torch.nan),
     "inf": lambda x: torch.full_like(x, torch.inf),
@@ -87,3 +102,83 @@ def _spoil(numbers: Tensor, fault: Fault) -> Tensor:
     place = int(flat.abs().argmax())
     flat[place : place + 1] = WRONG[fault.wrong](flat[place : place + 1])
     return numbers
+
+
+def fit(name: str, *overrides: str, faults: tuple[Fault, ...] = (), signals: Signals | None = None) -> Trainer:
+    """Train on a machine with these faults. What was noted is in `runs/NAME/notes`."""
+    run = runs.composed([*TWENTY, *overrides, f"name={name}"])
+    folder = Path("runs") / name
+    with machine(*faults) as computed, noting(folder), build.trainer(run, folder, signals=signals) as trainer:
+        trainer.fit()
+    trainer.computed = computed  # type: ignore[attr-defined]
+    return trainer
+
+
+@contextmanager
+def noting(folder: Path) -> Iterator[None]:
+    real = Trackers.note
+
+    def note(self: Trackers, message: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            with (folder / "notes").open("a") as opened:
+                opened.write(f"{message}\n")
+        real(self, message)
+
+    Trackers.note = note  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trackers.note = real  # type: ignore[method-assign]
+
+
+@contextmanager
+def bad_data(samples: set[int], factor: float = float("nan")) -> Iterator[None]:
+    """Batches with one of these samples are bad, on whichever machine and however often."""
+    real = CausalLM.backward
+
+    def backward(self: CausalLM, model: Any, batch: Any, **how: Any) -> dict[str, Any]:
+        metrics = real(self, model, batch, **how)
+        mine = torch.tensor(float(bool(samples & set(batch["ids"].tolist()))))
+        if how["ranks"].sum(mine) > 0:
+            metrics["loss"] = metrics["loss"] * factor
+        if mine:
+            metrics["own_loss"] = metrics["own_loss"] * factor
+        return metrics
+
+    CausalLM.backward = backward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CausalLM.backward = real  # type: ignore[method-assign]
+
+
+def said(name: str) -> list[str]:
+    """What was noted about steps that were computed again."""
+    return [line for line in Path(f"runs/{name}/notes").read_text().splitlines() if ", computed " in line]
+
+
+def learned(name: str) -> dict[str, torch.Tensor]:
+    return dict(load(find.resolve(name, Path("runs"), launch.policy)).tensors)
+
+
+def logged(name: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+    return [{k: line[k] for k in LOGGED if k in line} for line in lines]
+
+
+def equal(name: str, other: str, *, logs: bool = True) -> None:
+    """Two runs learned the same to the bit, and logged the same. (Without `logs`, for where one was to stop: what it
+    evaluated there, and the seed of what it computed last, do not count.)"""
+    one, two = ({k: v for k, v in learned(n).items() if logs or k != "random.torch"} for n in (name, other))
+    assert one.keys() == two.keys()
+    assert [k for k in one if not torch.equal(one[k], two[k])] == []
+    assert logged(name) == logged(other) or not logs
+
+
+def order(place: Path) -> list[list[int]]:
+    with_many(place)
+    for i in range(60, 120):
+        (place / "corpus" / f"yet-{i}.txt").write_text(f"line {i} says {i * i} and then {i**3}. " * 6)
+    run = runs.composed([*TWENTY, "name=probe"])
+    loader = run.data.build(run.data.open(), seed=run.seed, ranks=build.ranks(run), device=torch.device("cpu"))
+    return [loader.at(i)["ids"].tolist() for i in range(40)]
