@@ -67,6 +67,8 @@ def test_bad_data_are_told_from_a_bad_machine(policy: str, step: int, place: Pat
             equal("bad", "before", logs=False)
         else:
             bad = fit("bad", *what)
+            fit("unreplayed", *what, "guard.replay=false")
+            equal("bad", "unreplayed")  # computing it again left nothing behind
             assert bad.best.value == pytest.approx(clean.best.value, rel=0.01)
             assert len(bad.learner.history) == int(policy == "rewind")
             before = bad

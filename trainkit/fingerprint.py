@@ -14,8 +14,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     is a sum over their bits, which any flipped one changes; elsewhere it is their norm."""
     local = [(t.to_local() if hasattr(t, "to_local") else t).detach() for t in tensors]  # of DTensors
     if local[0].device.type != "cpu":
-        norms = [torch.linalg.vector_norm(t if t.is_floating_point() else t.double()).double() for t in local]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return torch.nn.utils.get_total_norm([t if t.is_floating_point() else t.double() for t in local]).double()
     total = torch.stack([_bits(t) for t in local]).sum()
     return ((total & _LOW) ^ ((total >> 52) & 0xFFF)).double()
 
