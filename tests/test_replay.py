@@ -56,7 +56,7 @@ def test_a_machines_fault_costs_nothing(way: str) -> None:
 @pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
 @pytest.mark.parametrize("step", [7, 12])
 def test_bad_data_are_told_from_a_bad_machine(policy: str, step: int, place: Path) -> None:
-    what = [f"guard.policy={policy}", "guard.pass_over=1", "steps=40", "optimizer.lr=1e-3"]
+    what = [f"guard.policy={policy}", "guard.pass_over=1", "steps=40", "optimizer.lr=1e-3", "checkpoint.every=6"]
     samples = only_in(order(place), step)
     clean = fit("clean", *what)
     with bad_data(samples):
