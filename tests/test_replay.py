@@ -145,6 +145,7 @@ def test_looking_late_learns_the_same(policy: str, place: Path, monkeypatch: pyt
         monkeypatch.setattr(Trainer, "looks_always", True)
         fit("at-once", *what)
     equal("late", "at-once")
+    assert ["not the machine" in line for line in said("late")] == [True]
 
 
 @pytest.mark.usefixtures("looks_late")
