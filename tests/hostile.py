@@ -51,10 +51,13 @@ RUN: Cases = {
     "two documents": ((GOOD_RUN + "---\n" + GOOD_RUN).encode(), "a second document has no place here"),
     "an environment variable": (
         edited("name: a", "name: ${oc.env:HOME}"),
-        "run.yaml cannot be read: ${ stands for another",
+        "name=${oc.env:HOME} is not a folder's name",
     ),
-    "an escaped variable": (edited("name: a", 'name: "$\\x7boc.env:HOME}"'), "${ stands for another value"),
-    "a variable in a key": (edited("seed: 0", "${seed}: 0"), "run.yaml cannot be read"),
+    "an escaped variable": (
+        edited("name: a", 'name: "$\\x7boc.env:HOME}"'),
+        "name=${oc.env:HOME} is not a folder's name",
+    ),
+    "a variable in a key": (edited("seed: 0", "${seed}: 0"), "a run has no '${seed}'"),
     "twice": (edited("seed: 0", "seed: 0\nseed: 1"), "line 4: the key 'seed' stands twice"),
     "twice inside": (edited("  depth: 6", "  depth: 6\n  depth: 7"), "the key 'depth' stands twice"),
     "a number for a key": (edited("seed: 0", "1: 0"), "line 3: a key is no text"),

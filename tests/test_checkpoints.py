@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,6 +160,33 @@ def test_copy_and_mirror_and_go_on_elsewhere(
     assert "verified" in said(capsys, "checkpoint", "copy", "t/step-2", "beside")
     assert "step 2" in said(capsys, "checkpoint", "show", "t", "--runs", "beside")
     assert "no whole checkpoint" in said(capsys, "resume", f"{far}/nobody", "--runs", "new", code=2)
+
+
+def test_nothing_is_sent_where_only_a_strangers_run_says(
+    trained: Trained, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    far, ours = f"file://{tmp_path}/far", f"file://{tmp_path}/ours"
+    trained("stop_at=2", f"checkpoint.mirror={far}")
+    shutil.copytree("far", "sent")  # to somebody else, and who knows what far is to them
+    shutil.copytree("runs", "given")
+    capsys.readouterr()
+
+    def at_far() -> list[str]:
+        return sorted(p.name for p in Path("far/t/checkpoints").iterdir())
+
+    line = f"the mirror {far} of its run.yaml is not where this run came from, and is left out: checkpoint.mirror= sets one"
+    assert line in said(capsys, "resume", f"file://{tmp_path}/sent/t", "stop_at=3", "--runs", "one")
+    assert "mirror: null" in Path("one/t/run.yaml").read_text()
+    assert line not in said(capsys, "resume", "t", "stop_at=4", "--runs", "one")
+    assert line in said(capsys, "resume", "given/t", "stop_at=3")
+    assert line in said(capsys, "checkpoint", "copy", f"file://{tmp_path}/sent/t", "two")
+    said(capsys, "resume", "t", "stop_at=3", "--runs", "two")
+    assert at_far() == ["step-0000000002"]
+    said(capsys, "resume", f"file://{tmp_path}/sent/t", "stop_at=3", "--runs", "three", f"checkpoint.mirror={ours}")
+    assert Path("ours/t/checkpoints/step-0000000003").is_dir()
+    assert line not in said(capsys, "resume", f"{far}/t", "stop_at=5", "--runs", "four")
+    assert line not in said(capsys, "resume", "t", "stop_at=4")
+    assert "step-0000000005" in at_far()
 
 
 def test_a_mirror_out_of_reach_costs_nothing_but_a_warning(

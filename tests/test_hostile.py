@@ -201,7 +201,7 @@ def test_loading_a_checkpoint_executes_nothing(capsys: pytest.CaptureFixture[str
     assert after == ["compile"]  # the hook did listen
 
 
-@pytest.mark.parametrize("case", ["a tag", "an environment variable", "not utf-8", "a pipe", "missing"])
+@pytest.mark.parametrize("case", ["a tag", "a short tag", "not utf-8", "a pipe", "missing"])
 def test_the_verbs_say_it_in_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, "train", *SMALL, "name=a")[0] == 0
     file = Path("runs/a/run.yaml")

@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 
 ROOT = Path(trainkit.__file__).parent
 FLOORS = [
-    {"config", "errors", "units", "choices", "atomic", "strict"},
+    {"config", "errors", "units", "choices", "atomic", "strict", "fingerprint"},
     {
         "models",
         "data",
@@ -41,13 +41,14 @@ FLOORS = [
     },
     {"tasks", "checkpoint", "history"},
     {"learner"},
+    {"replay"},
     {"trainer"},
     {"run"},
     {"build", "checkpoints", "convert", "unpickle", "launch", "use", "show", "doctor", "sampling", "prepare"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-NEIGHBOURS = {6: True, 7: True}  # the upper floors may import sideways; the rooms below may not
+NEIGHBOURS = {7: True, 8: True}  # the upper floors may import sideways; the rooms below may not
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 EVERY_PYTHON_FILE = [
     p for d in (ROOT, CONF.parent / "tests", CONF.parent / "benchmarks") for p in sorted(d.rglob("*.py"))

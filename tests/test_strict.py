@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from tests.conftest import SMALL
 from tests.hostile import NO_JSON, RUN, SLOW
 from trainkit import run as runs
 from trainkit import strict
 from trainkit.choices import choices
+from trainkit.cli import main
 from trainkit.errors import UserError
 
 
@@ -125,7 +127,9 @@ def test_every_run_is_read_as_it_was_written(choice: list[str]) -> None:
     assert runs.saved(written).yaml() == written
 
 
-text = st.one_of(st.text(), st.sampled_from(WORDS)).filter(lambda t: "${" not in t and "\\$" not in t)
+text = st.one_of(st.text(), st.sampled_from(WORDS)).filter(
+    lambda t: "${" not in t and "\\$" not in t
+)  # which OmegaConf resolves
 leaf = st.one_of(st.none(), st.booleans(), st.integers(-(10**40), 10**40), st.floats(allow_nan=False), text)
 tree = st.dictionaries(
     text,
@@ -140,6 +144,29 @@ tree = st.dictionaries(
 def test_whatever_omegaconf_writes_is_read_alike(value: Any) -> None:
     written = OmegaConf.to_yaml(OmegaConf.create(value))
     assert repr(strict.parse_yaml(written)) == repr(as_before(written))
+
+
+@pytest.mark.usefixtures("parser")
+@given(
+    st.dictionaries(st.text() | st.sampled_from(WORDS), leaf | st.lists(leaf | st.sampled_from(["${x", "\\${", "???"])))
+)
+@settings(deadline=None, max_examples=150, suppress_health_check=SLOW)
+def test_whatever_we_write_is_read_as_it_was(value: Any) -> None:
+    assert repr(strict.parse_yaml(strict.write_yaml(value))) == repr(value)
+
+
+def test_what_looks_like_an_interpolation_is_a_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "${oc.env:HOME} ${x"
+    (place / "corpus").rename(place / name)
+    words = [word for word in SMALL if not word.startswith("data.path=")]
+    given = [*words, "data.path='\\${oc.env:HOME} \\${x'", "name=a", "checkpoint.every=2"]
+    for verb in (["train", *given, "stop_at=2"], ["resume", "a", "stop_at=4"], ["train", *given]):
+        with pytest.raises(SystemExit) as left:
+            main(verb)
+        assert left.value.code == 0, capsys.readouterr().err
+    run = runs.read(Path("runs/a"))
+    assert run is not None
+    assert run.data.path == name  # type: ignore[union-attr]
 
 
 def test_many_keys_or_brackets_are_refused_at_once() -> None:

@@ -20,7 +20,7 @@ from trainkit.checkpoint.manifest import Manifest
 from trainkit.checkpoint.remote import Remote
 from trainkit.checkpoint.shelf import Shelf
 from trainkit.errors import DAMAGED, DONE, DamagedError, UserError
-from trainkit.launch import policy
+from trainkit.launch import adopt, policy
 from trainkit.learner import MODEL, OPTIMIZER
 from trainkit.parallel import Group
 from trainkit.units import human_bytes, human_count, human_time
@@ -184,7 +184,7 @@ def copy(source: str, target: str, root: Path) -> None:
         raise UserError("one of the two has to be on this machine: copy it here first")
     if not fetch.is_url(target):
         where = source if fetch.is_url(source) else f"file://{find.resolve(source, root, policy).absolute()}"
-        print(f"copied to {fetch.fetch(where, Path(target), differs=runs.differ, note=print)}, verified")
+        print(f"copied to {fetch.fetch(where, Path(target), differs=runs.differ, adopt=adopt, note=print)}, verified")
         return
     path = find.resolve(source, root, policy)
     name, remote = path.parents[1].name, Remote(target)

@@ -24,6 +24,12 @@ class DivergedError(RuntimeError):
     exit_code = DIVERGED
 
 
+class UnreliableError(RuntimeError):
+    """The same step came out another way each time: this machine cannot be trusted with it. Exit code 70."""
+
+    exit_code = DIVERGED
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'a'?` when a choice is close to `word`, else the list of choices."""
     choices = sorted(choices)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from trainkit.fingerprint import fingerprint
+
 _COARSE, _FINE = 2.0**32, 2.0**50
 MOST_ROWS = 8192
 
@@ -26,6 +28,7 @@ class ExactSums:
         self._sums = [torch.zeros(2, p.numel(), dtype=torch.int64, device=device) for p in parameters]
         self._loss = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self._unfit = torch.zeros((), dtype=torch.int64, device=device)
+        self.own = torch.zeros((), dtype=torch.float64, device=device)  # this rank's sums of gradients, as one number
 
     def take(self, loss: Tensor) -> None:
         """Add one row's loss (a scalar) and the gradients that its backward left, and clear those."""
@@ -37,6 +40,7 @@ class ExactSums:
 
     def finish(self) -> Tensor:
         """Give every parameter the sum over all rows of all ranks as its gradient, and return that of the losses."""
+        self.own = fingerprint([*self._sums, self._unfit])
         unfit = self._over_ranks(self._unfit) > 0
         for parameter, total in zip(self._parameters, self._sums, strict=True):
             parameter.grad = self._value(total, unfit).view_as(parameter).to(parameter.dtype)

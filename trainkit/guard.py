@@ -13,6 +13,9 @@ class Guard:
     standard deviations above the median of the last `window`: `stop`, `skip` (the update is not made), `rewind` (go back
     to the last checkpoint and pass over the batches from `pass_over` before the bad one to `pass_over` after it).
 
+    With `replay` a bad step is computed again first: where the answer is another one it is the machine's fault, and the
+    step is done again. With `check_every` each so-many-th step is computed twice, bad or not (null: none).
+
     `skips` in a row, or `rewinds` in all, are the most before the run stops. A step that takes longer than `hang_s`
     seconds at first, and later than twice the slowest percent plus 30, is taken for hung (null: never). `notice` is a
     file or an http(s) address that tells that this machine is about to be taken away; `deadline_s` is how long after a
@@ -22,6 +25,8 @@ class Guard:
     policy: Literal["stop", "skip", "rewind"] = "stop"
     spike: Positive | None = None
     window: Count = 128
+    replay: bool = True
+    check_every: Count | None = None
     pass_over: Natural = 8
     skips: Count = 3
     rewinds: Natural = 3

@@ -36,14 +36,27 @@ def resume(which: str, overrides: list[str], root: Path, config_dir: Path | None
     is fetched first.
     """
     if fetch.is_url(which):
-        named = fetch.fetch(which, root, differs=runs.differ, note=print)
+        named = fetch.fetch(which, root, differs=runs.differ, adopt=adopt, note=print)
         which = str(named.parents[1]) if "step-" not in which.rsplit("/", 1)[-1] else str(named)
     else:
         named = find.resolve(which, root, policy)
     folder = named.parents[1]
-    run = runs.saved(runs.content(folder), overrides, config_dir=config_dir)
+    content: str | bytes = runs.content(folder)
+    if folder.resolve().parent != root.resolve():
+        content = adopt(runs.saved(content).yaml(), None)
+    run = runs.saved(content, overrides, config_dir=config_dir)
     newest = which == "latest" or (root / which) == folder or Path(which) == folder
     return train(run, folder.parent, start=None if newest else named)
+
+
+def adopt(text: str, origin: str | None) -> str:
+    """The `run.yaml` of a run that came here from `origin`, which may be anyone's: nothing is sent where nobody here said."""
+    kept, mirror = runs.adopted(text, origin)
+    if mirror is not None:
+        print(
+            f"the mirror {mirror} of its run.yaml is not where this run came from, and is left out: checkpoint.mirror= sets one"
+        )
+    return kept
 
 
 def policy(folder: Path) -> Keeping:

@@ -18,6 +18,7 @@ from trainkit.optimizers.state import places as optimizer_places
 from trainkit.spikes import Spikes
 
 T = TypeVar("T")
+ANSWER = ("loss", "grad_norm", "own_loss", "own_gradients")  # by which two computations of a step are compared
 MODEL, OPTIMIZER, RANDOM, GUARD = "model.", "optimizer.", "random.", "guard."
 
 
@@ -44,9 +45,9 @@ class Learner:
     exact: bool = False  # sums over rows that do not depend on how many ranks share them
     history: list[Rewind] = field(default_factory=list)
     step: int = 0
-    first_bad: Tensor = field(init=False)
-    skipped: Tensor = field(init=False)
-    in_a_row: Tensor = field(init=False)
+    first_bad: Tensor = field(init=False)  # the step, -1 where none was
+    bad_answer: Tensor = field(init=False)  # what that step gave, float64
+    in_a_row: Tensor = field(init=False)  # steps that were left out just before
 
     def __post_init__(self) -> None:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]  # the config's word, before any load
@@ -57,27 +58,49 @@ class Learner:
 
     def train_step(self) -> dict[str, Tensor | float]:
         """One update from one global batch. The metrics are tensors: only the loop's log waits for the device."""
+        return self.update(self.compute(self.batch()))
+
+    def batch(self) -> dict[str, Tensor]:
+        """This rank's rows of what the next update learns from."""
+        batch: dict[str, Tensor] = self.loader.at(self.position)
+        return batch
+
+    def compute(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Leave the clipped gradients of the global batch in the parameters, and change nothing else, so that a step can be
+        computed as often as one likes: `update` or `discard` comes next. The metrics hold `ANSWER`."""
         self.ranks.pace.begin()
-        batch = self.loader.at(self.position)
         torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
         metrics = self.task.backward(
             self.model, batch, microbatch=self.microbatch, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
         )
         self.scaler.unscale_(self.optimizer)
-        metrics["grad_norm"] = self.clip_gradients()
-        metrics["lr"] = self.set_lr()
-        optimizers.step(self.optimizer, skip=self.unfit(metrics["loss"], metrics["grad_norm"]))
-        self.scaler.update()
+        norm, own = self.clip_gradients()
+        return {"own_loss": metrics["loss"], **metrics, "grad_norm": norm, "own_gradients": own}
+
+    def update(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor | float]:
+        """Make the update of what `compute` left, unless it must not be made. The step is done either way."""
+        answer = torch.stack([metrics[name].detach().double() for name in ANSWER])
+        lr = self.set_lr()
+        optimizers.step(self.optimizer, skip=self.unfit(metrics["loss"], metrics["grad_norm"], answer))
+        precision.update_scaler(self.scaler, keep=self.first_bad >= 0)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return metrics
+        return {name: value for name, value in metrics.items() if not name.startswith("own_")} | {"lr": lr}
 
-    def clip_gradients(self) -> Tensor:
-        """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is)."""
-        norm = self.ranks.whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+    def discard(self) -> None:
+        """As if `compute` had not been called."""
+        precision.update_scaler(self.scaler, keep=torch.ones_like(self.first_bad, dtype=torch.bool))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def clip_gradients(self) -> tuple[Tensor, Tensor]:
+        """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is), and what
+        this rank alone answers for of the gradients."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = self.ranks.whole(torch.nn.utils.get_total_norm(gradients))
+        own = self.sums.own if self.sums else self.ranks.own(gradients, norm)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        return norm
+        return norm, own
 
     def seed_row(self, row: int) -> None:
         """Seed what is drawn for this rank's `row`, by its place in the global batch."""
@@ -91,44 +114,59 @@ class Learner:
             group["lr"] = peak * factor
         return self.peaks[0] * factor
 
-    def unfit(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """1.0 where this update must not be made, else 0.0, on the device.
+    def unfit(self, loss: Tensor, norm: Tensor, answer: Tensor) -> Tensor:
+        """1.0 where this update must not be made, else 0.0, on the device and the same on all ranks.
 
-        From the first step whose loss or gradient is not finite, or whose loss jumps, no update is made any more, so
-        that the weights are those before it whenever the loop looks. Where the guard skips, that update alone is left
-        out, until too many in a row are. Under an fp16 scaler a gradient may overflow: that update alone is left out,
-        and the scaler halves its factor.
+        From the first step whose loss or gradient is not finite, or whose loss jumps, nothing changes any more, so that
+        all is as it was before it whenever the loop looks. Under an fp16 scaler a gradient may overflow: that update
+        alone is left out, and the scaler halves its factor.
         """
         overflow = ~torch.isfinite(norm)
         bad = ~torch.isfinite(loss) if self.scaler.is_enabled() else ~torch.isfinite(loss) | overflow
         bad = bad | self.spikes.judge(loss)
-        self.spikes.remember(loss, ~bad)
-        self.in_a_row = torch.where(bad, self.in_a_row + 1, 0)
-        self.skipped = torch.where(bad, self.step, self.skipped)
-        enough = self.guard.skips if self.guard.policy == "skip" else 1
-        self.first_bad = torch.where((self.first_bad < 0) & (self.in_a_row >= enough), self.step, self.first_bad)
-        return ((self.first_bad >= 0) | bad | overflow).float()
+        bad, overflow = self.ranks.sum(torch.stack([bad, overflow]).float()) > 0  # a replica may differ from the others
+        first = bad & (self.first_bad < 0)
+        self.first_bad = torch.where(first, self.step, self.first_bad)
+        self.bad_answer = torch.where(first, answer, self.bad_answer)
+        good = self.first_bad < 0
+        self.spikes.remember(loss, good)
+        self.in_a_row = torch.where(good, 0, self.in_a_row)
+        return (~good | overflow).float()
 
     @property
     def position(self) -> int:
         """Which batch of the data's order the next update learns from: the step, but for what is passed over."""
         return position(self.step, self.history)
 
+    def samples(self) -> list[int]:
+        """The ids of the samples that the next update learns from, over all ranks."""
+        mine = self.batch()["ids"].tolist()
+        return [sample for rank in self.ranks.host.gather(mine) for sample in rank]
+
+    def start_at(self, step: int) -> None:
+        """The next update is that after `step` updates, and nothing bad has been seen."""
+        self.step = step
+        self.first_bad = torch.full((), -1, device=self.ranks.device)
+
     def forget_bad(self) -> None:
-        """Nothing bad has been seen."""
-        device = self.ranks.device
-        self.first_bad, self.skipped = (torch.full((), -1, device=device) for _ in range(2))
-        self.in_a_row = torch.zeros((), device=device)
+        """Nothing bad has been seen, and nothing left out."""
+        self.start_at(self.step)
+        self.bad_answer = torch.zeros(len(ANSWER), dtype=torch.float64, device=self.ranks.device)
+        self.in_a_row = torch.zeros((), device=self.ranks.device)
 
     def failed_at(self) -> int | None:
-        """The first step whose loss or gradient was not finite, if any. Waits for the device."""
+        """The first step that was bad, if any. Waits for the device."""
         first = int(self.first_bad)
         return None if first < 0 else first
 
-    def skipped_at(self) -> int | None:
-        """The last step that was left out, if any. Waits for the device."""
-        last = int(self.skipped)
-        return None if last < 0 else last
+    def leave_out(self) -> bool:
+        """Go on behind the next update without making it; False where those would be too many in a row."""
+        in_a_row = int(self.in_a_row) + 1
+        if in_a_row >= self.guard.skips:
+            return False
+        self.start_at(self.step + 1)
+        self.in_a_row.fill_(in_a_row)
+        return True
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is learned, by name (`model.…`, `optimizer.…`), and the state of every random generator."""

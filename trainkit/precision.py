@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainkit.config import config
 
@@ -38,6 +38,19 @@ class Precision:
     def scaler(self, device: torch.device) -> torch.amp.GradScaler:
         """A scaler that does something for float16 only."""
         return torch.amp.GradScaler(device.type, enabled=self.compute == "float16")
+
+
+def update_scaler(scaler: torch.amp.GradScaler, keep: Tensor) -> None:
+    """Let a scaler's factor grow or halve by what was found in the last gradients, unless `keep` (a bool scalar on the
+    device) says that it stays. Nobody waits for the device."""
+    if not scaler.is_enabled():
+        return
+    known = (scaler._scale, scaler._growth_tracker)
+    before = [tensor.clone() for tensor in known if tensor is not None]
+    scaler.update()
+    for tensor, was in zip(known, before, strict=True):
+        assert tensor is not None  # it has scaled a loss, so that it has both
+        tensor.copy_(torch.where(keep, was, tensor))
 
 
 def scaler_state(scaler: torch.amp.GradScaler) -> dict[str, float]:

@@ -5,7 +5,7 @@ This is the only module that imports hydra, omegaconf or pydantic.
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,7 @@ from trainkit.overrides import Overrides, explain, typed_wrongly
 from trainkit.parallel import Parallel
 from trainkit.precision import Precision
 from trainkit.schedules import Schedule
-from trainkit.strict import MAX_YAML, one_line, parse_yaml, read_file, reason
+from trainkit.strict import MAX_YAML, one_line, parse_yaml, read_file, reason, write_yaml
 from trainkit.tasks import Task
 from trainkit.tracking import Tracking
 
@@ -90,7 +90,7 @@ class Run:
         """The run as `run.yaml` holds it: without the addresses that are told how it goes, which may hold secrets, and which
         nobody else's run should contact."""
         tree = {**TypeAdapter(Run).dump_python(self, mode="json"), "notify": []}
-        return OmegaConf.to_yaml(OmegaConf.create(tree))
+        return write_yaml(tree)
 
     def differs(self, other: "Run") -> list[str]:
         """What is learned here and not there: `optimizer.lr: 0.001 here, 0.01 there`, one line a key."""
@@ -125,8 +125,6 @@ def saved(
         raise UserError(f"{FILE} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{FILE} holds no run")
-    if "${" in repr(tree):  # it would be resolved with what this machine knows, such as its environment
-        raise UserError(f"{FILE} cannot be read: ${{ stands for another value, and it may hold values only")
     before = _typed(tree)
     given = Overrides(Run, list(overrides), config_dir)
     for group in given.groups():
@@ -146,6 +144,16 @@ def saved(
             f"what is learned cannot change on resume ({changed[0].split(':')[0]}): train under another name instead"
         )
     return after
+
+
+def adopted(text: str, origin: str | None) -> tuple[str, str | None]:
+    """A `run.yaml` that came here from elsewhere, as one of this machine's: without a mirror that is not `origin`, the
+    address that it came from; and that mirror."""
+    run = saved(text)
+    mirror = run.checkpoint.mirror
+    if mirror is None or (origin is not None and _bare(mirror) == _bare(origin)):
+        return text, None
+    return replace(run, checkpoint=replace(run.checkpoint, mirror=None)).yaml(), _bare(mirror)
 
 
 def differ(one: str, other: str) -> list[str]:
@@ -259,6 +267,11 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
             tree[key] = {}
         tree = tree[key]
     tree[last] = value
+
+
+def _bare(url: str) -> str:
+    """An address without a password."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url.rstrip("/"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -115,6 +115,32 @@ def parse_yaml(text: str, *, max_bytes: int = MAX_YAML, max_depth: int = MAX_DEP
     return builder.value
 
 
+class _Writer(yaml.SafeDumper):
+    """Writes no anchors, and quotes what `parse_yaml` would take for more than a text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _write_text(writer: _Writer, text: str) -> Any:
+    if not text.isprintable():  # a quoted line break may come back as a space
+        style = '"'
+    elif text in _WORDS or any(form.fullmatch(text) for form in (_INT, _FLOAT, _SPECIAL)):
+        style = "'"
+    else:
+        style = None
+    return writer.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Writer.add_representer(str, _write_text)
+
+
+def write_yaml(value: Any) -> str:
+    """The YAML document of nested dicts, lists and plain values that `parse_yaml` reads as `value` again."""
+    written: str = yaml.dump(value, Dumper=_Writer, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return written
+
+
 def read_file(path: Path, max_bytes: int, *, follow: bool = True) -> bytes:
     """A regular file's content. With `follow=False` it may not be a link.
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainkit.checkpoint import SaveFailed
-from trainkit.errors import DivergedError
+from trainkit.errors import DivergedError, UnreliableError
 from trainkit.evaluation import Best
 from trainkit.guard import Guard, Rewind, pass_over, position
 from trainkit.learner import Learner
-from trainkit.parallel import straggler
+from trainkit.replay import Replay
 from trainkit.signals import Signals
 from trainkit.throughput import Meter
 from trainkit.watchdog import Watchdog
@@ -51,9 +51,10 @@ class Trainer:
     failed_saves: list[SaveFailed] = field(default_factory=list)  # in a row
     save_s: float = 0.0  # the longest save so far
     extra: dict[str, float] = field(default_factory=dict)  # for the next step that is logged
-    left_out: int | None = None  # the last step of which was said that it was skipped
-    slow_rank: int | None = None  # of which was said that it is slow
     status: str = "failed"  # until `fit` knows better
+
+    def __post_init__(self) -> None:
+        self.replay = Replay(self.learner, self.watchdog, self.trackers.note, self.warn)
 
     def restore(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's content, in place."""
@@ -67,17 +68,22 @@ class Trainer:
         """Train until the end, and say which end it was: `done`, `patience` or what asked to stop.
 
         Raises:
-            DivergedError: the loss or a gradient was not finite; a checkpoint from before that step is saved.
+            DivergedError, UnreliableError: the guard gave up at a step; a checkpoint from before it is saved.
             SaveFailed: checkpoints cannot be saved any more.
         """
         with self.watchdog:
             self.meter.start(self.learner.step)
-            while (end := self.end()) is None:
-                self.one_step()
-                if self.signals.immediate:
-                    self.signals.immediate = False
-                    self.checkpointer.make_room(self.learner.tensors())
-                self.watchdog.beat(self.learner.step)
+            try:
+                while (end := self.end()) is None:
+                    self.one_step()
+                    if self.signals.immediate:
+                        self.signals.immediate = False
+                        self.checkpointer.make_room(self.learner.tensors())
+                    self.watchdog.beat(self.learner.step)
+            except (DivergedError, UnreliableError):
+                self.learner.forget_bad()
+                self.save(wait=True)
+                raise
             self.leave(end)
         self.status = end
         return end
@@ -88,6 +94,8 @@ class Trainer:
         wish = self.learner.ranks.host.max(self.wish())
         if wish == GIVE_UP:
             raise self.failed_saves[-1] if self.failed_saves else SaveFailed("another rank could not save")
+        if wish != NOTHING:
+            self.look({})  # no step is saved that made no update
         if wish == STOP:
             return self.signals.asked or "a signal to another rank"
         if wish == SAVE:
@@ -118,15 +126,17 @@ class Trainer:
         self.save(wait=True)
 
     def one_step(self) -> None:
-        metrics = self.learner.train_step()
+        metrics: Mapping[str, Any] = self.replay.train_step()
         step = self.learner.step
         last = step == self.stop_at
         epoch_end = int(self.epoch(step)) > int(self.epoch(step - 1))
         evaluate = last or self.evaluation.due(step)
         log = last or evaluate or step % self.log_every == 0
         save = last or self.checkpoint.due(step, epoch_end=epoch_end)
-        if (log or save or self.learner.ranks.device.type == "cpu") and self.went_wrong():
-            return  # elsewhere looking would wait for the device
+        if log or save or self.looks_always:
+            metrics = self.look(metrics)
+            if self.learner.step != step:
+                return
         record = self.read(metrics) if log else {}
         if evaluate and (found := self.evaluate()):
             record |= found
@@ -138,6 +148,11 @@ class Trainer:
             self.trackers.log(step, record)
         if save:
             self.save(epoch_end=epoch_end)
+
+    @property
+    def looks_always(self) -> bool:
+        """Whether every step is looked at: elsewhere that would wait for the device."""
+        return self.learner.ranks.device.type == "cpu"
 
     def epoch(self, step: int) -> float:
         """How often all samples were seen by then."""
@@ -151,20 +166,10 @@ class Trainer:
         """The step's metrics as numbers: the only place that waits for the device."""
         step = self.learner.step
         record = {name: float(value) for name, value in metrics.items()} | {"epoch": self.epoch(step)}
-        self.look_for_stragglers()
+        if slow := self.learner.ranks.straggler():
+            self.trackers.note(f"warning: {slow}")
         extra, self.extra = self.extra, {}
         return record | self.meter.read(step, self.stop_at) | {"memory_gb": self.memory_in_use() / 1e9} | extra
-
-    def look_for_stragglers(self) -> None:
-        """Say which rank keeps the others waiting, when another one does than was said."""
-        ranks = self.learner.ranks
-        if ranks.size > 1:
-            found = straggler(ranks.host.gather(ranks.pace.read()))
-            if found and found[0] != self.slow_rank:
-                self.trackers.note(
-                    f"warning: rank {found[0]} takes {found[1]:.1f} times as long as the others for its part"
-                )
-            self.slow_rank = found[0] if found else None
 
     def evaluate(self) -> dict[str, float] | None:
         """The validation split's metrics and a sample of text; None when a signal cut the evaluation short."""
@@ -242,38 +247,37 @@ class Trainer:
             **self.facts,
         }
 
-    def went_wrong(self) -> bool:
-        """Look for a loss or gradient that is not finite, or jumped, and do what the guard says; whether the run went
-        back.
+    def look(self, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Where a step went wrong, do what the guard says. The loop goes on from the learner's step, which may be another
+        by now; `metrics` are those of the step before it, as they are by now.
 
         Raises:
-            DivergedError: the guard says to stop, or has no other way left. The weights before the bad step are saved.
+            DivergedError: the guard says to stop, or has no other way left.
+            UnreliableError: every computation of the step gave another answer.
         """
-        bad, skipped = self.learner.failed_at(), self.learner.skipped_at()
+        learner, bad = self.learner, self.learner.failed_at()
         if bad is None:
-            if skipped is not None and skipped != self.left_out:
-                self.left_out = skipped
-                self.trackers.note(f"warning: step {skipped + 1} was left out (samples {self.samples(skipped)})")
-            return False
-        self.learner.step = bad
-        samples = self.samples(bad)
-        if (
-            self.guard.policy == "rewind"
-            and len(self.learner.history) < self.guard.rewinds
-            and self.rewind(bad, samples)
-        ):
-            return True
-        self.learner.forget_bad()
-        self.save(wait=True)
+            return metrics
+        learner.step = bad
+        if self.guard.replay:
+            metrics, made = self.replay.again(metrics)
+            if made:
+                return metrics
+        samples = learner.samples()
+        if self.guard.policy == "skip" and learner.leave_out():
+            self.trackers.note(f"warning: step {bad + 1} was left out (samples {samples})")
+            return metrics
+        if self.guard.policy == "rewind" and len(learner.history) < self.guard.rewinds and self.rewind(bad, samples):
+            return metrics
         raise DivergedError(
             f"step {bad + 1}: the loss or its gradient is not finite or jumped (batch of samples {samples}); the weights "
             f"before it are saved as step {bad}; lower optimizer.lr, raise schedule.warmup, or look at those samples"
         )
 
-    def samples(self, step: int) -> list[int]:
-        """The ids of the samples that the update after `step` updates learns from, over all ranks."""
-        mine = self.learner.loader.at(position(step, self.learner.history))["ids"].tolist()
-        return [sample for rank in self.learner.ranks.host.gather(mine) for sample in rank]
+    def warn(self, text: str) -> None:
+        """Tell whoever watches, and whoever does not."""
+        self.trackers.note(text)
+        self.tell(text)
 
     def rewind(self, bad: int, samples: list[int]) -> bool:
         """Go back to the newest good checkpoint and pass over the batches around the bad one; False where there is none."""
@@ -289,10 +293,8 @@ class Trainer:
             self.restore(found.tensors, found.state)
         self.trackers.go_back(found.step)
         self.meter.start(found.step)
-        note = (
+        self.warn(
             f"warning: step {bad + 1} went wrong (samples {samples}): back to step {found.step}, and past "
             f"{event.count} batches from {event.begin} on"
         )
-        self.trackers.note(note)
-        self.tell(note)
         return True

@@ -28,7 +28,9 @@ def sent() -> list[Path]:
 
 def got(url: str = f"{URL}/t", notes: list[str] | None = None) -> Path:
     differs = lambda one, other: [] if one == other else ["model.depth: 2 and 4"]  # noqa: E731
-    return fetch(url, HERE, differs=differs, note=(notes if notes is not None else []).append)
+    return fetch(
+        url, HERE, differs=differs, adopt=lambda text, base: text, note=(notes if notes is not None else []).append
+    )
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/checkpoints/step-0000000001", "/step-1/"])

@@ -21,9 +21,12 @@ def is_url(text: str) -> bool:
     return _URL.fullmatch(text) is not None
 
 
-def fetch(url: str, root: Path, *, differs: Differs, note: Callable[[str], None]) -> Path:
+def fetch(
+    url: str, root: Path, *, differs: Differs, adopt: Callable[[str, str], str], note: Callable[[str], None]
+) -> Path:
     """Make the run at `url` (URL/RUN, or URL/RUN/checkpoints/step-N) one in `root`, with its newest good checkpoint or
-    that of the step, verified and durable; the folder of that checkpoint. `differs` tells runs of one name apart.
+    that of the step, verified and durable; the folder of that checkpoint. `differs` tells runs of one name apart;
+    `adopt` makes of a run's config, and the URL that it came from, the one that is kept here.
 
     Raises:
         UserError: there is none, or the run in `root` is newer, another one or in use.
@@ -48,7 +51,7 @@ def fetch(url: str, root: Path, *, differs: Differs, note: Callable[[str], None]
     with RunLock(folder):
         _refuse(folder, newest, config, differs)
         if not (folder / CONFIG).exists():
-            atomic.write(folder / CONFIG, config.encode())
+            atomic.write(folder / CONFIG, adopt(config, base).encode())
             atomic.sync_folder(root)
         (folder / store.FOLDER).mkdir(exist_ok=True)
         atomic.sync_folder(folder)

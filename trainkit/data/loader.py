@@ -52,23 +52,43 @@ class Rows:
         return ids
 
     def batch(self, ids: Numpy) -> dict[str, Tensor]:
-        """The rows of these samples; an id of -1 is an empty row, whose labels are all -100."""
+        """The rows of these samples; an id of -1 is an empty row, whose labels are all -100.
+
+        Raises:
+            UserError: a file holds an id that the tokenizer has not.
+        """
         windows = np.full((len(ids), self.length + 1), self.eos, dtype=np.int64)
         for row, sample in enumerate(ids):
             if sample >= 0:
                 split = self.splits[sample >> SOURCE_BITS]
                 place = int(sample & ((1 << SOURCE_BITS) - 1))
                 windows[row] = split.read(place * self.length, self.length + 1)
+        try:
+            sizes = self.token_bytes[windows]
+        except IndexError as error:  # found for nothing, where it is looked up anyway
+            raise self._foreign(ids, windows) from error
         tokens, following = windows[:, :-1], windows[:, 1:]
         ends = tokens == self.eos
         labels = np.where(ends, IGNORED, following)  # the next document is not to be guessed from this one
         batch = {"tokens": tokens, "labels": labels, "ids": ids}
-        batch["bytes"] = np.where(ends, 0, self.token_bytes[following]).sum(1, dtype=np.int64)
+        batch["bytes"] = np.where(ends, 0, sizes[:, 1:]).sum(1, dtype=np.int64)
         if ends[ids >= 0, :-1].any():
             documents = np.zeros(tokens.shape, dtype=np.int32)
             documents[:, 1:] = ends[:, :-1].cumsum(1)
             batch["documents"] = documents
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+    def _foreign(self, ids: Numpy, windows: Numpy) -> UserError:
+        """What is wrong where a window holds an id beyond the tokenizer's."""
+        vocab = len(self.token_bytes)
+        row, column = (int(place[0]) for place in (windows >= vocab).nonzero())
+        sample = int(ids[row])
+        place = (sample & ((1 << SOURCE_BITS) - 1)) * self.length + column
+        file, number = self.splits[sample >> SOURCE_BITS].where(place)
+        return UserError(
+            f"{file} holds the id {windows[row, column]} at position {number}, and its tokenizer has {vocab} ids: it is "
+            f"damaged, or another tokenizer's; prepare it again"
+        )
 
 
 class _Steps(Dataset[dict[str, Tensor]]):
@@ -115,7 +135,10 @@ class Loader:
         if self._coming is None or step != self._next:
             self._coming = self._prefetching(step)
         self._next = step + 1
-        return self._moved(next(self._coming))
+        try:
+            return self._moved(next(self._coming))
+        except UserError as error:  # a worker's, with its whole traceback for a text
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
     def validation(self, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """The validation rows in order, `limit` global batches of them at most; the last one is filled with empty rows."""

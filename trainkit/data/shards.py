@@ -68,6 +68,12 @@ class Split:
             filled, i = filled + len(part), i + 1
         return out
 
+    def where(self, place: int) -> tuple[Path, int]:
+        """The file that holds the id at `place`, and its number there, from 0."""
+        i = int(np.searchsorted(self._begins, place, side="right")) - 1
+        name, start, _ = self.segments[i]
+        return self.folder / name, start + place - int(self._begins[i])
+
 
 @dataclass
 class Corpus:

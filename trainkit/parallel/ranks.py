@@ -1,5 +1,6 @@
 """The processes of a run as one of them sees it, and the few questions that a task or a loop may ask of the others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainkit.fingerprint import fingerprint
 from trainkit.parallel.group import Group
-from trainkit.parallel.pace import Pace
+from trainkit.parallel.pace import Pace, straggler
 from trainkit.parallel.replicate import Replicas
 
 
@@ -25,6 +27,7 @@ class Ranks:
     kind: str = "single"
     pace: Pace = field(init=False)
     replicas: Replicas | None = None
+    slow: int | None = None  # the rank of which was said that it is slow
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.device)
@@ -45,6 +48,13 @@ class Ranks:
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor that may lie in slices on the ranks, in one piece."""
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+
+    def own(self, gradients: Sequence[Tensor], norm: Tensor) -> Tensor:
+        """What this rank alone answers for of the gradients, as one number: its replica's before they were summed, or its
+        slices of them; alone it is their `norm`."""
+        if self.replicas is not None:
+            return self.replicas.own()
+        return fingerprint(gradients) if self.kind == "fsdp" else norm
 
     def apply(self, model: nn.Module, *, exact_sums: bool = False) -> nn.Module:
         """`model` spread over the ranks. With `exact_sums` the gradients are summed by somebody else."""
@@ -67,6 +77,16 @@ class Ranks:
         """Wait for the sums of gradients, after the step's last backward."""
         if self.replicas is not None:
             self.replicas.finish()
+
+    def straggler(self) -> str | None:
+        """Which rank keeps the others waiting, in words, when it is another one than when this was asked last."""
+        if self.size == 1:
+            return None
+        found, before = straggler(self.host.gather(self.pace.read())), self.slow
+        self.slow = found[0] if found else None
+        if not found or found[0] == before:
+            return None
+        return f"rank {found[0]} takes {found[1]:.1f} times as long as the others for its part"
 
     def leave(self) -> None:
         """Part from the other ranks, when all are done."""

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainkit.fingerprint import fingerprint
+
 BUCKET_BYTES = 25 << 20
 
 
@@ -25,6 +27,7 @@ class Replicas:
         self._buckets = _buckets(parameters)
         self._missing: list[int] = []
         self._works: list[tuple[list[Tensor], Tensor, Any]] = []
+        self._own: list[Tensor] = []
         self._summing = False
         for number, bucket in enumerate(self._buckets):
             for parameter in bucket:
@@ -34,6 +37,7 @@ class Replicas:
         """Say before a backward whether it is the last one of the step: then sums are made."""
         self._summing = last
         self._missing = [len(bucket) for bucket in self._buckets]
+        self._own = []
 
     def finish(self) -> None:
         """Wait for the sums, after the last backward. A parameter that got no gradient on this rank counts as zero."""
@@ -46,6 +50,10 @@ class Replicas:
                 grad.copy_(whole.view_as(grad))
         self._works, self._missing = [], []
 
+    def own(self) -> Tensor:
+        """This rank's gradients of the last step, before they were summed, as one number (float64)."""
+        return fingerprint([torch.stack(self._own)])
+
     def _arrived(self, number: int) -> None:
         if self._summing:
             self._missing[number] -= 1
@@ -55,6 +63,7 @@ class Replicas:
     def _send(self, number: int) -> None:
         grads = [_gradient(p) for p in self._buckets[number]]
         flat = torch.cat([g.flatten() for g in grads])
+        self._own.append(fingerprint([flat]))
         self._works.append((grads, flat, dist.all_reduce(flat, async_op=True)))
 
 

@@ -41,6 +41,7 @@ class CausalLM:
 
         Returns:
             `loss`: that mean, in nats a token, a detached scalar. A batch without labels has loss and gradient 0.
+            `own_loss`: what this rank's rows have added to it.
         """
         count = ranks.sum((batch["labels"] != IGNORED).sum()).clamp(min=1)
         total = torch.zeros((), device=count.device)
@@ -56,7 +57,7 @@ class CausalLM:
                 exact.take(loss.detach())
             total = total + loss.detach()
         ranks.finish_sums()
-        return {"loss": exact.finish() if exact else ranks.sum(total)}
+        return {"loss": exact.finish() if exact else ranks.sum(total), "own_loss": total}
 
     @torch.no_grad()
     def evaluate(
