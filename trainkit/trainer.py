@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from trainkit.errors import DivergedError
 from trainkit.evaluation import Best
 from trainkit.guard import Guard, Rewind, pass_over, position
 from trainkit.learner import Learner
-from trainkit.parallel import straggler
+from trainkit.profile import Profiler
 from trainkit.signals import Signals
 from trainkit.throughput import Meter
 from trainkit.watchdog import Watchdog
@@ -39,7 +40,7 @@ class Trainer:
     meter: Meter
     log_every: int
     stop_at: int
-    memory_in_use: Callable[[], int]
+    readings: Callable[[], Mapping[str, float]]  # of the device
     sample: Callable[[], str] | None
     remember: Callable[[list[Rewind]], None]
     tell: Callable[[str], None]
@@ -52,7 +53,7 @@ class Trainer:
     save_s: float = 0.0  # the longest save so far
     extra: dict[str, float] = field(default_factory=dict)  # for the next step that is logged
     left_out: int | None = None  # the last step of which was said that it was skipped
-    slow_rank: int | None = None  # of which was said that it is slow
+    profiler: Profiler = field(default_factory=Profiler)
     status: str = "failed"  # until `fit` knows better
 
     def restore(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -118,7 +119,8 @@ class Trainer:
         self.save(wait=True)
 
     def one_step(self) -> None:
-        metrics = self.learner.train_step()
+        with self.profiler.step(self.learner.step + 1):
+            metrics = self.learner.train_step()
         step = self.learner.step
         last = step == self.stop_at
         epoch_end = int(self.epoch(step)) > int(self.epoch(step - 1))
@@ -151,25 +153,21 @@ class Trainer:
         """The step's metrics as numbers: the only place that waits for the device."""
         step = self.learner.step
         record = {name: float(value) for name, value in metrics.items()} | {"epoch": self.epoch(step)}
-        self.look_for_stragglers()
+        if slow := self.learner.ranks.straggler():
+            self.trackers.note(slow)
         extra, self.extra = self.extra, {}
-        return record | self.meter.read(step, self.stop_at) | {"memory_gb": self.memory_in_use() / 1e9} | extra
+        return record | self.meter.read(step, self.stop_at) | dict(self.readings()) | extra
 
-    def look_for_stragglers(self) -> None:
-        """Say which rank keeps the others waiting, when another one does than was said."""
-        ranks = self.learner.ranks
-        if ranks.size > 1:
-            found = straggler(ranks.host.gather(ranks.pace.read()))
-            if found and found[0] != self.slow_rank:
-                self.trackers.note(
-                    f"warning: rank {found[0]} takes {found[1]:.1f} times as long as the others for its part"
-                )
-            self.slow_rank = found[0] if found else None
+    @contextmanager
+    def aside(self, phase: str) -> Iterator[None]:
+        """What happens inside is not training."""
+        with self.meter.pause(), self.watchdog.phase(phase), self.profiler.phase(phase):
+            yield
 
     def evaluate(self) -> dict[str, float] | None:
         """The validation split's metrics and a sample of text; None when a signal cut the evaluation short."""
         learner = self.learner
-        with self.meter.pause(), self.watchdog.phase("evaluation"):
+        with self.aside("evaluation"):
             batches = learner.loader.validation(self.evaluation.batches)
             found = learner.task.evaluate(
                 learner.model, batches, ranks=learner.ranks, stop=lambda: self.signals.asked is not None
@@ -188,7 +186,7 @@ class Trainer:
             SaveFailed: with `wait` only.
         """
         step = self.learner.step
-        with self.meter.pause(), self.watchdog.phase("save"):
+        with self.aside("save"):
             if self.saved != step:
                 facts = self.facts_of(step, epoch_end)
                 self.checkpointer.save(step, self.learner.tensors(), self.state(), self.files, facts=facts, wait=wait)
@@ -277,7 +275,7 @@ class Trainer:
 
     def rewind(self, bad: int, samples: list[int]) -> bool:
         """Go back to the newest good checkpoint and pass over the batches around the bad one; False where there is none."""
-        with self.meter.pause(), self.watchdog.phase("rewind"):
+        with self.aside("rewind"):
             self.checkpointer.wait()
             self.hear_of_saves()
             found = self.checkpointer.load_latest(self.learner.places)

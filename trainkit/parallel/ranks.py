@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainkit.parallel.group import Group
-from trainkit.parallel.pace import Pace
+from trainkit.parallel.pace import Pace, straggler
 from trainkit.parallel.replicate import Replicas
 
 
@@ -25,6 +25,7 @@ class Ranks:
     kind: str = "single"
     pace: Pace = field(init=False)
     replicas: Replicas | None = None
+    slow: int | None = None  # the rank of which was said that it is slow
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.device)
@@ -62,6 +63,16 @@ class Ranks:
             model.set_requires_gradient_sync(last)
         elif self.replicas is not None:
             self.replicas.sum_next(last)
+
+    def straggler(self) -> str | None:
+        """What to say when a rank keeps the others waiting, and it is another one than was said."""
+        if self.size == 1:
+            return None
+        found = straggler(self.host.gather(self.pace.read()))
+        before, self.slow = self.slow, found[0] if found else None
+        if found is None or found[0] == before:
+            return None
+        return f"warning: rank {found[0]} takes {found[1]:.1f} times as long as the others for its part"
 
     def finish_sums(self) -> None:
         """Wait for the sums of gradients, after the step's last backward."""

@@ -6,7 +6,6 @@ workspaces, and what other Python threads allocate (a loader's workers, a checkp
 of the allocator's blocks, as in `torch.cuda.memory_allocated`.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,7 +65,7 @@ class Allocations:
         self.reserved = 0  # on a GPU: the most bytes that the allocator held, what lay idle in it included
 
     def __enter__(self) -> "Allocations":
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it says on stderr that it starts and stops
+        stream.hush()
         self._hooks = [register_optimizer_step_pre_hook(self._mark), register_optimizer_step_post_hook(self._mark)]
         self._known = self._places()
         self._first = {s.data_ptr(): StorageWeakRef(s) for _, s in self._storages()}

@@ -25,14 +25,14 @@ class Part:
 
 
 def parts(events: Sequence[Event]) -> list[Part]:
-    """All events, without a gap, in their phases."""
+    """All events, without a gap, in their phases. Where there are steps, only explicit phases are told apart between them;
+    where nothing names itself, all is a forward."""
     stepped = any(event.kind is Kind.STEP for event in events)
     whole: list[Part] = []
     for region in _regions(events):
-        named = _named(events, region)
-        if stepped and region.step < 0:
-            named = [p for p in named if p.phase not in (FORWARD, BACKWARD, OPTIMIZER)]
-        whole += _without_gaps(region, named, OUTSIDE if stepped and region.step < 0 else FORWARD)
+        between = stepped and region.step < 0
+        named = [p for p in _named(events, region) if not between or p.phase not in _PHASES.values()]
+        whole += _without_gaps(region, named, OUTSIDE if between or named else FORWARD)
     return whole
 
 
@@ -82,14 +82,15 @@ _PHASES = {Kind.NODE: BACKWARD, Kind.UPDATE: OPTIMIZER, Kind.ZERO: OPTIMIZER}
 
 
 def _without_gaps(region: Part, named: Sequence[Part], otherwise: str) -> list[Part]:
+    """A gap belongs to what it leads to, or else to what it follows."""
     whole: list[Part] = []
-    at, before = region.begin, ""
+    at, before = region.begin, otherwise
     for part in named:
         if part.begin > at:
-            leads_to = OPTIMIZER if part.phase == OPTIMIZER else FORWARD if part.phase == BACKWARD else before
-            whole.append(Part(at, part.begin, region.step, leads_to or otherwise))
+            phase = OPTIMIZER if part.phase == OPTIMIZER else FORWARD if part.phase == BACKWARD else before
+            whole.append(Part(at, part.begin, region.step, phase))
         whole.append(part)
-        at, before = part.end, part.phase if part.phase in (BACKWARD, OPTIMIZER) else before
+        at, before = part.end, part.phase if part.phase in _PHASES.values() else otherwise
     if region.end > at:
-        whole.append(Part(at, region.end, region.step, before or otherwise))
+        whole.append(Part(at, region.end, region.step, before))
     return whole

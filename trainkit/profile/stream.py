@@ -5,6 +5,7 @@ The profiler keeps a tree of operators for each thread, with every allocation an
 evaluates, an optimizer names its step, and FSDP what it gathers.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -50,6 +51,11 @@ class Event:
     within: tuple[str, ...] = ()
     text: str = ""  # of a step, a phase or a mark
     sequence: int = -1  # of a node: those of a later forward have larger ones
+
+
+def hush() -> None:
+    """Keep the profiler from saying on stderr that it starts and stops."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def events(tree: Sequence[Any], device: torch.device) -> list[Event]:

@@ -1,0 +1,146 @@
+"""`profile=time`: a trace of some steps that a browser shows, and a table of the operators that take longest."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from trainkit.config import Count, Natural, config
+from trainkit.profile import stream
+
+_STEP = "ProfilerStep"  # torch's name of a whole step: its own time is what no operator takes
+
+
+@config
+class TimeProfile:
+    """Let `after` steps of a process pass, warm up in one more, then look at `steps`. `top` operators are shown."""
+
+    after: Natural = 6
+    steps: Count = 3
+    top: Count = 12
+
+    @property
+    def first(self) -> int:
+        """The step to warm up in, from 1."""
+        return self.after + 1
+
+    @property
+    def last(self) -> int:
+        """The last step that is looked at."""
+        return self.after + 1 + self.steps
+
+    def build(self, folder: Path, device: torch.device) -> "TimeWatch":
+        """A watch that writes into `folder`."""
+        return TimeWatch(self, folder, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """What an operator took a step: seconds of its own (of the device, where it is a GPU), their share of all, and how many
+    floating-point operations a second those were, where torch can count them (else 0)."""
+
+    name: str
+    self_s: float
+    share: float
+    calls: float
+    flops_per_s: float
+
+
+class TimeWatch:
+    """Writes `trace.json.gz` and `operators.csv`."""
+
+    def __init__(self, config_: TimeProfile, folder: Path, device: torch.device) -> None:
+        self.first, self.last = config_.first, config_.last
+        self._config, self._folder, self._device = config_, folder, device
+        self._steps: list[int] = []
+
+    def start(self) -> None:
+        """Begin with the warm-up."""
+        stream.hush()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=0, warmup=1, active=self._config.steps, repeat=1),
+            record_shapes=True,  # else no floating-point operations are counted
+            with_flops=True,
+        )
+        self._profile.start()
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Inside is step `number` of the run."""
+        yield
+        self._steps.append(number)
+        self._profile.step()
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Inside is something else, between two of the steps."""
+        return record_function(name)
+
+    def aside(self, name: str) -> None:
+        """Time is looked at in steps only."""
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._profile.stop()
+
+    def write(self) -> list[str]:
+        """Write what was seen, and tell the longest operators."""
+        steps = self._steps[1:]
+        if not steps:
+            return ["profile: the run ended before a step could be timed"]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        found = operators(self._profile.key_averages(), len(steps), self._device)
+        write_operators(self._folder / "operators.csv", found)
+        top = [o for o in found if o.share > 0][: self._config.top]
+        largest = ", ".join(f"{o.name} {o.share:.0%}" for o in top[:3])
+        return [
+            f"profile: time of steps {steps[0]} to {steps[-1]} in {self._folder} (trace.json.gz, operators.csv); "
+            f"largest: {largest}",
+            *as_table(top),
+        ]
+
+
+def operators(averages: Sequence[Any], steps: int, device: torch.device) -> list[Operator]:
+    """What each operator took a step, the longest first."""
+    gpu = device.type == "cuda"
+    mine = [a for a in averages if a.device_type == torch.autograd.DeviceType.CPU]  # kernels count for what starts them
+    times = {id(a): (a.self_device_time_total if gpu else a.self_cpu_time_total) / 1e6 for a in mine}
+    whole = max(sum(times.values()), 1e-12)
+    found = [
+        Operator(
+            name="outside operators" if a.key.startswith(_STEP) else a.key,
+            self_s=times[id(a)] / steps,
+            share=times[id(a)] / whole,
+            calls=a.count / steps,
+            flops_per_s=a.flops / times[id(a)] if times[id(a)] and a.flops else 0.0,
+        )
+        for a in mine
+    ]
+    return sorted(found, key=lambda o: -o.self_s)
+
+
+def write_operators(path: Path, found: Sequence[Operator]) -> None:
+    """One row an operator, per step."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["operator", "self_ms_per_step", "share", "calls_per_step", "gflop_per_s"])
+        for o in found:
+            rate = f"{o.flops_per_s / 1e9:.2f}" if o.flops_per_s else ""
+            table.writerow([o.name, f"{o.self_s * 1e3:.4f}", f"{o.share:.4f}", f"{o.calls:g}", rate])
+
+
+def as_table(found: Sequence[Operator]) -> list[str]:
+    """Lines for a person."""
+    width = max([len("operator"), *(min(len(o.name), 48) for o in found)])
+    lines = [f"{'operator':{width}}  {'ms a step':>9}  share  {'calls':>6}  GFLOP/s"]
+    for o in found:
+        rate = f"{o.flops_per_s / 1e9:7.1f}" if o.flops_per_s >= 5e7 else ""
+        lines.append(f"{o.name[:48]:{width}}  {o.self_s * 1e3:9.2f}  {o.share:5.1%}  {o.calls:6g}  {rate}".rstrip())
+    return lines
