@@ -66,7 +66,6 @@ class Allocations:
 
     def __enter__(self) -> "Allocations":
         stream.hush()
-        self._hooks = [register_optimizer_step_pre_hook(self._mark), register_optimizer_step_post_hook(self._mark)]
         self._known = self._places()
         self._first = {s.data_ptr(): StorageWeakRef(s) for _, s in self._storages()}
         self._unknown = 0
@@ -77,6 +76,7 @@ class Allocations:
             self._unknown = max(torch.cuda.memory_allocated(self.device) - known, 0)
         self._profile = profile(use_kineto=True, profile_memory=True)
         self._profile.__enter__()
+        self._hooks = [register_optimizer_step_pre_hook(self._mark), register_optimizer_step_post_hook(self._mark)]
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -101,8 +101,8 @@ class Allocations:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What happens inside is the phase `name`, such as `save` or `evaluation`."""
+        self._mark()
         with record_function(f"{stream.PHASE}{name}"):
-            self._mark()
             yield
             self._mark()
 

@@ -52,17 +52,17 @@ def _regions(events: Sequence[Event]) -> list[Part]:
 def _named(events: Sequence[Event], region: Part) -> list[Part]:
     """The parts of a region that name themselves: explicit phases, backwards, optimizers' steps."""
     found: list[Part] = []
-    open_: list[tuple[Kind, int]] = []
+    opened: list[Kind] = []
     for i in range(region.begin, region.end):
         event = events[i]
         if event.kind in _ENDS:
-            if not open_:
+            if not opened:
                 begin = i
-            open_.append((event.kind, i))
-        elif event.kind in _ENDS.values() and open_:
-            kind, _ = open_.pop()
-            if open_:
-                continue
+            opened.append(event.kind)
+        elif event.kind in _ENDS.values() and opened:
+            kind = opened.pop()
+            if opened:
+                continue  # what encloses it counts
             part = Part(begin, i + 1, region.step, _PHASES.get(kind) or events[begin].text, events[begin].sequence)
             last = found[-1] if found else None
             if kind is Kind.NODE and last and last.phase == BACKWARD and part.sequence <= last.sequence:

@@ -23,14 +23,19 @@ SHADES = {"forward": "#f4f4f4", "backward": "#dedede", "optimizer": "#c4c4c4"}
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1}
 WIDE, NARROW = 7.5, 1.7  # inches of a panel of steps, and of one of another phase
 COLUMNS = 1500  # points of a panel: more cannot be seen
-HORIZONTAL, VERTICAL = 0.75, 0.3  # inches that a label needs
+HORIZONTAL, VERTICAL = 0.75, 0.32  # inches that a label needs
 
 
 def draw(path: Path, seen: Sequence[Allocations]) -> None:
+    """Write the picture of what was seen."""
+    figure(seen).savefig(path, dpi=120)
+
+
+def figure(seen: Sequence[Allocations]) -> Figure:
     """One panel for the steps, and a narrow one for each other phase that was looked at."""
     widths = [WIDE if any(p.step >= 0 for p in it.phases) else NARROW for it in seen]
-    figure = Figure(figsize=(2.6 + sum(widths), 5), layout="constrained")
-    axes = figure.subplots(1, len(seen), sharey=True, squeeze=False, width_ratios=widths)[0]
+    whole = Figure(figsize=(2.6 + sum(widths), 5), layout="constrained")
+    axes = whole.subplots(1, len(seen), sharey=True, squeeze=False, width_ratios=widths)[0]
     top = max(it.peak for it in seen)
     unit, scale = next((unit, size) for unit, size in UNITS.items() if top >= size or size == 1)
     for axis, it, width in zip(axes, seen, widths, strict=True):
@@ -39,8 +44,8 @@ def draw(path: Path, seen: Sequence[Allocations]) -> None:
     axes[0].set_ylabel(f"allocated, {unit}")
     colours = [Patch(color=COLOURS[category], label=category) for category in reversed(COLOURS)]
     shades = [Patch(facecolor=shade, edgecolor="#999999", label=phase) for phase, shade in SHADES.items()]
-    figure.legend(handles=[*colours, *shades], loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
+    whole.legend(handles=[*colours, *shades], loc="outside right upper", frameon=False, fontsize=9)
+    return whole
 
 
 def _panel(axis: Axes, it: Allocations, scale: int, width: float) -> None:
@@ -80,15 +85,14 @@ def _label(axis: Axes, phase: Phase, begin: int, inches_per_ns: float) -> None:
     room = (b - a) * inches_per_ns
     if phase.phase == "outside" or room < VERTICAL:
         return
-    horizontal = room >= HORIZONTAL
     axis.text(
         ((a + b) / 2 - begin) / 1e6,
         0.985,
-        f"{phase.phase}{chr(10) if horizontal else ' '}{human_bytes(phase.peak)}",
+        f"{phase.phase}\n{human_bytes(phase.peak)}",
         transform=axis.get_xaxis_transform(),
         ha="center",
         va="top",
-        rotation=0 if horizontal else 90,
+        rotation=0 if room >= HORIZONTAL else 90,
         fontsize=8,
     )
 

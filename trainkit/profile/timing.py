@@ -2,18 +2,18 @@
 
 import csv
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainkit.config import Count, Natural, config
 from trainkit.profile import stream
 
-_STEP = "ProfilerStep"  # torch's name of a whole step: its own time is what no operator takes
+STEP = "training step"  # in the trace; a step's own time is what no operator takes
 
 
 @config
@@ -62,32 +62,37 @@ class TimeWatch:
     def start(self) -> None:
         """Begin with the warm-up."""
         stream.hush()
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
-        self._profile = profile(
-            activities=activities,
-            schedule=schedule(wait=0, warmup=1, active=self._config.steps, repeat=1),
-            record_shapes=True,  # else no floating-point operations are counted
-            with_flops=True,
-        )
-        self._profile.start()
+        self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
+        # without shapes no floating-point operations are counted
+        self._profile = profile(activities=self._activities, record_shapes=True, with_flops=True)
+        self._profile.prepare_trace()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Inside is step `number` of the run."""
-        yield
+        """Inside is step `number` of the run. The first one is the warm-up."""
+        if len(self._steps) == 1:
+            self._profile.start_trace()
+        with record_function(STEP):
+            yield
         self._steps.append(number)
-        self._profile.step()
 
-    def phase(self, name: str) -> AbstractContextManager[Any]:
-        """Inside is something else, between two of the steps."""
-        return record_function(name)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside is something else, between two of the steps, which is not looked at."""
+        if len(self._steps) > 1:
+            self._profile.toggle_collection_dynamic(False, self._activities)
+        yield
+        if len(self._steps) > 1:
+            self._profile.toggle_collection_dynamic(True, self._activities)
 
     def aside(self, name: str) -> None:
         """Time is looked at in steps only."""
 
     def stop(self) -> None:
         """Look no more."""
-        self._profile.stop()
+        if len(self._steps) < 2:
+            self._profile.start_trace()  # a profiler that is prepared has to start before it can stop
+        self._profile.stop_trace()
 
     def write(self) -> list[str]:
         """Write what was seen, and tell the longest operators."""
@@ -115,7 +120,7 @@ def operators(averages: Sequence[Any], steps: int, device: torch.device) -> list
     whole = max(sum(times.values()), 1e-12)
     found = [
         Operator(
-            name="outside operators" if a.key.startswith(_STEP) else a.key,
+            name="outside operators" if a.key == STEP else a.key,
             self_s=times[id(a)] / steps,
             share=times[id(a)] / whole,
             calls=a.count / steps,
