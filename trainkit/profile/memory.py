@@ -94,7 +94,9 @@ class MemoryWatch:
     def stop(self) -> None:
         """Look no more at steps."""
         self._now.__exit__(None, None, None)
-        self._seen[STEPS] = self._now
+        names = {phase.phase for phase in self._now.phases}
+        others = {name: seen for name, seen in self._seen.items() if name not in names}
+        self._seen = {STEPS: self._now, **others}
         if self._now.device.type == "cuda":
             # a pickle, which is torch's own format for pytorch.org/memory_viz: torch writes it, and nothing here reads it
             self._folder.mkdir(parents=True, exist_ok=True)

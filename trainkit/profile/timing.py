@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,9 @@ class TimeWatch:
     def start(self) -> None:
         """Begin with the warm-up."""
         stream.hush()
-        self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
         # without shapes no floating-point operations are counted
-        self._profile = profile(activities=self._activities, record_shapes=True, with_flops=True)
+        self._profile = profile(activities=activities, record_shapes=True, with_flops=True)
         self._profile.prepare_trace()
 
     @contextmanager
@@ -76,14 +76,9 @@ class TimeWatch:
             yield
         self._steps.append(number)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Inside is something else, between two of the steps, which is not looked at."""
-        if len(self._steps) > 1:
-            self._profile.toggle_collection_dynamic(False, self._activities)
-        yield
-        if len(self._steps) > 1:
-            self._profile.toggle_collection_dynamic(True, self._activities)
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Inside is something else, between two of the steps: it is in the trace and not in the table."""
+        return record_function(name)
 
     def aside(self, name: str) -> None:
         """Time is looked at in steps only."""
@@ -101,7 +96,7 @@ class TimeWatch:
             return ["profile: the run ended before a step could be timed"]
         self._folder.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(self._folder / "trace.json.gz"))
-        found = operators(self._profile.key_averages(), len(steps), self._device)
+        found = operators(self._profile.events(), self._device)
         write_operators(self._folder / "operators.csv", found)
         top = [o for o in found if o.share > 0][: self._config.top]
         largest = ", ".join(f"{o.name} {o.share:.0%}" for o in top[:3])
@@ -112,21 +107,28 @@ class TimeWatch:
         ]
 
 
-def operators(averages: Sequence[Any], steps: int, device: torch.device) -> list[Operator]:
-    """What each operator took a step, the longest first."""
-    gpu = device.type == "cuda"
-    mine = [a for a in averages if a.device_type == torch.autograd.DeviceType.CPU]  # kernels count for what starts them
-    times = {id(a): (a.self_device_time_total if gpu else a.self_cpu_time_total) / 1e6 for a in mine}
-    whole = max(sum(times.values()), 1e-12)
+def operators(events: Sequence[Any], device: torch.device) -> list[Operator]:
+    """What each operator took a step, the longest first, from the profiler's events: of those in steps."""
+    steps = [e.time_range for e in events if e.name == STEP]
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    sums: dict[str, list[float]] = {}
+    for event in events:
+        # a kernel's time counts for the operator that started it
+        inside = any(s.start <= event.time_range.start <= s.end for s in steps)
+        if inside and event.device_type == torch.autograd.DeviceType.CPU:
+            known = sums.setdefault("outside operators" if event.name == STEP else event.name, [0.0, 0.0, 0.0])
+            for i, more in enumerate((getattr(event, own) / 1e6, 1, event.flops or 0)):
+                known[i] += more
+    whole = max(sum(seconds for seconds, _, _ in sums.values()), 1e-12)
     found = [
         Operator(
-            name="outside operators" if a.key == STEP else a.key,
-            self_s=times[id(a)] / steps,
-            share=times[id(a)] / whole,
-            calls=a.count / steps,
-            flops_per_s=a.flops / times[id(a)] if times[id(a)] and a.flops else 0.0,
+            name=name,
+            self_s=seconds / len(steps),
+            share=seconds / whole,
+            calls=calls / len(steps),
+            flops_per_s=flops / seconds if seconds else 0.0,
         )
-        for a in mine
+        for name, (seconds, calls, flops) in sums.items()
     ]
     return sorted(found, key=lambda o: -o.self_s)
 
