@@ -63,13 +63,14 @@ class MemoryWatch:
         self._model, self._optimizer = model, optimizer
         self._seen: dict[str, Allocations] = {}  # steps, and each other phase by its name
         self._steps: list[int] = []
+        self._records = False  # whether torch keeps a history of a GPU's memory for a snapshot
 
     def start(self) -> None:
         """Begin to look at steps."""
-        self._now = Allocations(self._model, self._optimizer)
-        if self._now.device.type == "cuda":
+        self._now = Allocations(self._model, self._optimizer).__enter__()
+        self._records = self._now.device.type == "cuda"
+        if self._records:
             torch.cuda.memory._record_memory_history(max_entries=HISTORY)
-        self._now.__enter__()
 
     def step(self, number: int) -> AbstractContextManager[None]:
         """Inside is step `number` of the run."""
@@ -97,15 +98,17 @@ class MemoryWatch:
         names = {phase.phase for phase in self._now.phases}
         others = {name: seen for name, seen in self._seen.items() if name not in names}
         self._seen = {STEPS: self._now, **others}
-        if self._now.device.type == "cuda":
-            # a pickle, which is torch's own format for pytorch.org/memory_viz: torch writes it, and nothing here reads it
-            self._folder.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(self._folder / "snapshot.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
 
     def write(self) -> list[str]:
         """Write what was seen until now, and say what took most in the steps."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self._records:
+            self._records = False
+            try:
+                # a pickle, which is torch's own format for pytorch.org/memory_viz: torch writes it, and nothing here reads it
+                torch.cuda.memory._dump_snapshot(str(self._folder / "snapshot.pickle"))
+            finally:
+                torch.cuda.memory._record_memory_history(enabled=None)
         every = list(self._seen.values())
         write_phases(self._folder / "memory.csv", every)
         if self._config.picture:
