@@ -62,7 +62,7 @@ def test_a_run_that_is_looked_at_learns_the_same(
         assert numbers[0] == parameters
     spikes = rows(folder / "spikes.csv")
     assert [int(r["bytes"]) for r in spikes] == sorted((int(r["bytes"]) for r in spikes), reverse=True)
-    assert all(0.05 < float(r["share_of_peak"]) < 1 for r in spikes)
+    assert all(0.02 < float(r["share_of_peak"]) < 1 for r in spikes)
     assert {"activations", "temporary"} <= {r["category"] for r in spikes}
     assert any(r["operator"] == "aten::cross_entropy_loss > aten::_log_softmax" and r["times"] == "2" for r in spikes)
 
@@ -235,3 +235,21 @@ def test_doctor_says_whether_a_gpu_can_be_read(monkeypatch: pytest.MonkeyPatch) 
         assert found.value.startswith(value)
         assert bool(found.advice) == (read is no)
     assert "matplotlib" in {f.what for f in doctor._extras()}
+
+
+def test_a_run_that_fails_leaves_what_was_seen_of_the_step(
+    trained: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that runs out of memory."""
+    real = Learner.clip_gradients
+
+    def fails_in_step_three(it: Learner) -> torch.Tensor:
+        if it.step == 2:
+            raise torch.OutOfMemoryError("full")
+        return real(it)
+
+    monkeypatch.setattr(Learner, "clip_gradients", fails_in_step_three)
+    with pytest.raises(torch.OutOfMemoryError):
+        trained("profile=memory", "profile.memory.after=1", "profile.memory.picture=false", name="oom")
+    table = rows(Path("runs/oom/profile/memory.csv"))
+    assert [(r["step"], r["phase"]) for r in table if r["step"] == "3"] == [("3", "forward"), ("3", "backward")]

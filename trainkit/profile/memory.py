@@ -26,7 +26,7 @@ class MemoryProfile:
 
     after: Natural = 2
     steps: Count = 3
-    spikes: Fraction = 0.05
+    spikes: Fraction = 0.02
     picture: bool = True
 
     @property

@@ -23,7 +23,7 @@ SHADES = {"forward": "#f4f4f4", "backward": "#dedede", "optimizer": "#c4c4c4"}
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1}
 WIDE, NARROW = 7.5, 1.7  # inches of a panel of steps, and of one of another phase
 COLUMNS = 1500  # points of a panel: more cannot be seen
-HORIZONTAL, VERTICAL = 0.75, 0.32  # inches that a label needs
+HORIZONTAL, VERTICAL, PEAK = 0.75, 0.32, 1.3  # inches that a label needs
 
 
 def draw(path: Path, seen: Sequence[Allocations]) -> None:
@@ -61,12 +61,15 @@ def _panel(axis: Axes, it: Allocations, scale: int, width: float) -> None:
         _label(axis, phase, begin, width / max(end - begin, 1))
     at, total = max(((ns, sum(levels)) for ns, levels in it.line), key=lambda point: point[1])
     axis.plot([(at - begin) / 1e6], [total / scale], "o", color="black", markersize=4)
+    share = (at - begin) / max(end - begin, 1)
+    margin = PEAK / width / 2  # so that it stays inside
     axis.annotate(
         f"peak {human_bytes(total)}",
-        ((at - begin) / 1e6, total / scale),
+        (min(max(share, margin), 1 - margin), total / scale),
+        xycoords=axis.get_yaxis_transform(),
         xytext=(0, 6),
         textcoords="offset points",
-        ha="center" if width == WIDE else "left",
+        ha="center",
         fontsize=9,
         fontweight="bold",
     )
