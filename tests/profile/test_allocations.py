@@ -166,7 +166,9 @@ def test_other_phases_are_named(learner: Callable[..., Learner]) -> None:
     assert copied <= save["temporary"] < copied + 1024
     first, second = (p.at_peak for p in seen.phases if p.phase == "backward")
     assert second["activations"] == first["activations"]
-    assert copied <= second["temporary"] - first["temporary"] < copied + 1024  # what is kept of the save stays what it was
+    assert (
+        copied <= second["temporary"] - first["temporary"] < copied + 1024
+    )  # what is kept of the save stays what it was
     evaluation = seen.by_phase["evaluation"].at_peak
     assert evaluation["activations"] == evaluation["gradients"] == 0
     assert evaluation["temporary"] >= 4 * B * T * V
