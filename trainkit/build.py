@@ -17,6 +17,7 @@ from trainkit.errors import DamagedError, UserError
 from trainkit.learner import Learner
 from trainkit.notify import Notifier
 from trainkit.parallel import Ranks
+from trainkit.profile import Profiler
 from trainkit.run import Run
 from trainkit.sampling import stream
 from trainkit.signals import Signals
@@ -38,6 +39,7 @@ def check(run: Run) -> None:
     """
     run.parallel.check()
     run.data.check()
+    run.profile.check()
     if (vocab := run.data.vocab()) is not None:
         _refuse_small_vocabulary(vocab, run)
 
@@ -146,13 +148,14 @@ def _trainer(
         ),
         log_every=run.tracking.every,
         stop_at=min(run.stop_at or run.steps, run.steps),
-        memory_in_use=lambda: hardware.memory_in_use(joined.device),
+        readings=lambda: hardware.readings(joined.device),
         sample=_sampler(run, it, corpus) if run.evaluation.sample_tokens else None,
         remember=lambda history: history_file.write(folder, history) if joined.first else None,
         tell=notifier.tell,
         facts=_facts(corpus),
         files={runs.FILE: run.yaml().encode(), "tokenizer.json": corpus.tokenizer.save()},
         best=run.evaluation.best(),
+        profiler=run.profile.build(folder / "profile", it, trackers.note) if joined.first else Profiler(),
     )
     it.history = history_file.read(folder)
     if found:
@@ -170,6 +173,7 @@ def _trainer(
     try:
         yield made
     finally:
+        made.profiler.close()
         checkpointer.wait()
         if mirror is not None:
             mirror.close(run.guard.deadline_s or MIRROR_WAIT_S)

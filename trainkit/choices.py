@@ -5,7 +5,7 @@ from pathlib import Path
 _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "conf"
 
-ANY_OF_SEVERAL = ("memory", "tracking")  # groups whose choices join with '+'
+ANY_OF_SEVERAL = ("memory", "tracking", "profile")  # groups whose choices join with '+'
 
 
 def choices(config_dir: Path | None = None) -> dict[str, list[str]]:

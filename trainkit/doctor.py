@@ -25,6 +25,7 @@ EXTRAS = {
     "datasets": "Hugging Face data sets: pip install 'trainkit[hf]'",
     "pyarrow": "Parquet: pip install 'trainkit[data]'",
     "zstandard": ".zst files: pip install 'trainkit[data]'",
+    "matplotlib": "pictures of profiles: pip install 'trainkit[plot]'",
     "wandb": "pip install 'trainkit[wandb]'",
     "mlflow-skinny": "pip install 'trainkit[mlflow]'",
 }
@@ -78,6 +79,10 @@ def _accelerators() -> Iterator[Finding]:
         formats = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use precision=fp16"
         fp8 = ", fp8" if (facts.major, facts.minor) >= (8, 9) else ""
         yield Finding(f"gpu {i}", f"{facts.name}, {human_bytes(facts.total_memory)}, {formats}{fp8}", "ok")
+    if torch.cuda.is_available():
+        missing = hardware.sensors_missing()
+        value = f"cannot be read: {missing}" if missing else "power, temperature, clock"
+        yield Finding("gpu readings", value, "ok", "pip install 'trainkit[gpu]'" if missing else "")
     backends = [b for b in ("nccl", "gloo", "mpi") if torch.distributed.is_backend_available(b)]
     yield Finding("distributed", ", ".join(backends) or "none", "ok" if backends else "warn")
 

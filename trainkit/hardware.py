@@ -1,10 +1,12 @@
 """What the device is and what it can do, measured rather than looked up."""
 
+import contextlib
 import os
 import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -67,6 +69,44 @@ def memory_in_use(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def readings(device: torch.device) -> dict[str, float]:
+    """What the device says of itself now: memory in use and, where a GPU's driver tells (NVML, through nvidia-ml-py), its
+    power, temperature, clock and how busy it was. What cannot be read is left out."""
+    found = {"memory_gb": memory_in_use(device) / 1e9}
+    if device.type == "cuda":
+        for name, (read, unit) in _SENSORS.items():
+            with contextlib.suppress(*_unreadable()):
+                found[name] = read(device) * unit
+    return found
+
+
+def sensors_missing() -> str | None:
+    """Why a GPU's driver cannot be asked for readings; None where it can."""
+    try:
+        torch.cuda.temperature()
+    except _unreadable() as error:
+        return str(error)
+    return None
+
+
+@cache
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What torch raises where a reading cannot be had: no nvidia-ml-py, no driver, or a card that does not have it."""
+    try:
+        from pynvml import NVMLError
+    except ModuleNotFoundError:
+        return ModuleNotFoundError, RuntimeError
+    return ModuleNotFoundError, RuntimeError, NVMLError
+
+
+_SENSORS: dict[str, tuple[Callable[[torch.device], float], float]] = {
+    "gpu_power_w": (torch.cuda.power_draw, 1e-3),
+    "gpu_temperature_c": (torch.cuda.temperature, 1.0),
+    "gpu_clock_mhz": (torch.cuda.clock_rate, 1.0),
+    "gpu_busy": (torch.cuda.utilization, 1e-2),
+}
 
 
 def _wait(device: torch.device) -> None:

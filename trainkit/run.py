@@ -31,12 +31,13 @@ from trainkit.optimizers import Optimizer
 from trainkit.overrides import Overrides, explain, typed_wrongly
 from trainkit.parallel import Parallel
 from trainkit.precision import Precision
+from trainkit.profile import Profile
 from trainkit.schedules import Schedule
 from trainkit.strict import MAX_YAML, one_line, parse_yaml, read_file, reason, write_yaml
 from trainkit.tasks import Task
 from trainkit.tracking import Tracking
 
-HOW_GROUPS = ("memory", "parallel", "checkpoint", "guard", "evaluation", "tracking")
+HOW_GROUPS = ("memory", "parallel", "checkpoint", "guard", "evaluation", "tracking", "profile")
 FILE = "run.yaml"
 
 
@@ -66,6 +67,7 @@ class Run:
     guard: Guard
     evaluation: Evaluation
     tracking: Tracking
+    profile: Profile = Profile()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", self.name or ""):

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from trainkit.errors import DivergedError, UnreliableError
 from trainkit.evaluation import Best
 from trainkit.guard import Guard, Rewind, pass_over, position
 from trainkit.learner import Learner
+from trainkit.profile import Profiler
 from trainkit.replay import Replay
 from trainkit.signals import Signals
 from trainkit.throughput import Meter
@@ -39,7 +41,7 @@ class Trainer:
     meter: Meter
     log_every: int
     stop_at: int
-    memory_in_use: Callable[[], int]
+    readings: Callable[[], Mapping[str, float]]  # of the device
     sample: Callable[[], str] | None
     remember: Callable[[list[Rewind]], None]
     tell: Callable[[str], None]
@@ -51,6 +53,7 @@ class Trainer:
     failed_saves: list[SaveFailed] = field(default_factory=list)  # in a row
     save_s: float = 0.0  # the longest save so far
     extra: dict[str, float] = field(default_factory=dict)  # for the next step that is logged
+    profiler: Profiler = field(default_factory=Profiler)
     status: str = "failed"  # until `fit` knows better
 
     def __post_init__(self) -> None:
@@ -126,7 +129,8 @@ class Trainer:
         self.save(wait=True)
 
     def one_step(self) -> None:
-        metrics: Mapping[str, Any] = self.replay.train_step()
+        with self.profiler.step(self.learner.step + 1):
+            metrics: Mapping[str, Any] = self.replay.train_step()
         step = self.learner.step
         last = step == self.stop_at
         epoch_end = int(self.epoch(step)) > int(self.epoch(step - 1))
@@ -169,12 +173,18 @@ class Trainer:
         if slow := self.learner.ranks.straggler():
             self.trackers.note(f"warning: {slow}")
         extra, self.extra = self.extra, {}
-        return record | self.meter.read(step, self.stop_at) | {"memory_gb": self.memory_in_use() / 1e9} | extra
+        return record | self.meter.read(step, self.stop_at) | dict(self.readings()) | extra
+
+    @contextmanager
+    def aside(self, phase: str) -> Iterator[None]:
+        """What happens inside is not training."""
+        with self.meter.pause(), self.watchdog.phase(phase), self.profiler.phase(phase):
+            yield
 
     def evaluate(self) -> dict[str, float] | None:
         """The validation split's metrics and a sample of text; None when a signal cut the evaluation short."""
         learner = self.learner
-        with self.meter.pause(), self.watchdog.phase("evaluation"):
+        with self.aside("evaluation"):
             batches = learner.loader.validation(self.evaluation.batches)
             found = learner.task.evaluate(
                 learner.model, batches, ranks=learner.ranks, stop=lambda: self.signals.asked is not None
@@ -193,7 +203,7 @@ class Trainer:
             SaveFailed: with `wait` only.
         """
         step = self.learner.step
-        with self.meter.pause(), self.watchdog.phase("save"):
+        with self.aside("save"):
             if self.saved != step:
                 facts = self.facts_of(step, epoch_end)
                 self.checkpointer.save(step, self.learner.tensors(), self.state(), self.files, facts=facts, wait=wait)
@@ -281,7 +291,7 @@ class Trainer:
 
     def rewind(self, bad: int, samples: list[int]) -> bool:
         """Go back to the newest good checkpoint and pass over the batches around the bad one; False where there is none."""
-        with self.meter.pause(), self.watchdog.phase("rewind"):
+        with self.aside("rewind"):
             self.checkpointer.wait()
             self.hear_of_saves()
             found = self.checkpointer.load_latest(self.learner.places)
