@@ -58,14 +58,14 @@ class Learner:
     def train_step(self) -> dict[str, Tensor | float]:
         """One update from one global batch. The metrics are tensors: only the loop's log waits for the device."""
         self.ranks.pace.begin()
-        batch = self.loader.at(self.position)
+        batch, lr = self.loader.at(self.position), self.set_lr()  # an update may be made in the backward
         torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
         metrics = self.task.backward(
             self.model, batch, microbatch=self.microbatch, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
         )
         self.scaler.unscale_(self.optimizer)
         metrics["grad_norm"] = self.clip_gradients()
-        metrics["lr"] = self.set_lr()
+        metrics["lr"] = lr
         optimizers.step(self.optimizer, skip=self.unfit(metrics["loss"], metrics["grad_norm"]))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -74,7 +74,7 @@ class Learner:
 
     def clip_gradients(self) -> Tensor:
         """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is)."""
-        norm = self.ranks.whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        norm = self.ranks.whole(optimizers.total_norm(self.optimizer, self.parameters))
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         return norm
@@ -125,6 +125,10 @@ class Learner:
         first = int(self.first_bad)
         return None if first < 0 else first
 
+    def torn(self) -> bool:
+        """Whether a bad step left some weights updated and others not. Waits for the device."""
+        return bool(getattr(self.optimizer, "torn", False))
+
     def skipped_at(self) -> int | None:
         """The last step that was left out, if any. Waits for the device."""
         last = int(self.skipped)
@@ -153,7 +157,7 @@ class Learner:
         check_model(self.model, _under(MODEL, shapes))
         own = {MODEL + name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         dtypes = {name: (shapes[name], DTYPES[facts["dtype"]]) for name, facts in described.items()}
-        states = optimizer_places(self.model, _under(OPTIMIZER, dtypes))
+        states = optimizer_places(self.model, self.optimizer, _under(OPTIMIZER, dtypes))
         rest = {name: described[name] for name in described if name.startswith((RANDOM, GUARD))}
         return own | {OPTIMIZER + k: v for k, v in states.items()} | on_cpu(rest)
 

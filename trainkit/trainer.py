@@ -257,17 +257,18 @@ class Trainer:
             return False
         self.learner.step = bad
         samples = self.samples(bad)
-        if (
-            self.guard.policy == "rewind"
-            and len(self.learner.history) < self.guard.rewinds
-            and self.rewind(bad, samples)
-        ):
+        may = self.guard.policy == "rewind" and len(self.learner.history) < self.guard.rewinds
+        if may and self.rewind(bad, samples):
             return True
         self.learner.forget_bad()
-        self.save(wait=True)
+        left = f"the weights before it are saved as step {bad}"
+        if self.learner.torn():
+            left = "only some weights made it, so that none are saved: go on from the newest checkpoint"
+        else:
+            self.save(wait=True)
         raise DivergedError(
-            f"step {bad + 1}: the loss or its gradient is not finite or jumped (batch of samples {samples}); the weights "
-            f"before it are saved as step {bad}; lower optimizer.lr, raise schedule.warmup, or look at those samples"
+            f"step {bad + 1}: the loss or its gradient is not finite or jumped (batch of samples {samples}); {left}; "
+            f"lower optimizer.lr, raise schedule.warmup, or look at those samples"
         )
 
     def samples(self, step: int) -> list[int]:
