@@ -66,7 +66,7 @@ class Code:
 
 CODES = {
     "int8": {True: Code(8, 127, 1, True), False: Code(8, 255, 2, False)},
-    "int4": {True: Code(4, 7, 1, True), False: Code(4, 16, 1, False)},
+    "int4": {True: Code(4, 7, 1, True), False: Code(4, 16, 2, False)},
     "fp8": {True: Code(8, 448, 0, True, floating=True), False: Code(8, 448, 1, False, floating=True)},
 }
 
