@@ -156,8 +156,11 @@ class Learner:
         shapes = {name: facts["shape"] for name, facts in described.items()}
         check_model(self.model, _under(MODEL, shapes))
         own = {MODEL + name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        dtypes = {name: (shapes[name], DTYPES[facts["dtype"]]) for name, facts in described.items()}
-        states = optimizer_places(self.model, self.optimizer, _under(OPTIMIZER, dtypes))
+        facts = {
+            name: (shapes[name], DTYPES[of["dtype"]], all(part[2][-1:] == shapes[name][-1:] for part in of["parts"]))
+            for name, of in described.items()
+        }
+        states = optimizer_places(self.model, self.optimizer, _under(OPTIMIZER, facts))
         rest = {name: described[name] for name in described if name.startswith((RANDOM, GUARD))}
         return own | {OPTIMIZER + k: v for k, v in states.items()} | on_cpu(rest)
 

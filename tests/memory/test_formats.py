@@ -102,7 +102,8 @@ def test_the_errors_of_the_docs_hold() -> None:
         return float(((of_m / (of_v.sqrt() + 1e-8) - update).square().mean() / update.square().mean()).sqrt())
 
     by = {
-        name: error(*(c[s].decode(*c[s].encode(x), BLOCK) for s, x in ((True, m), (False, v)))) for name, c in CODES.items()
+        name: error(*(c[s].decode(*c[s].encode(x), BLOCK) for s, x in ((True, m), (False, v))))
+        for name, c in CODES.items()
     }
     tree = error(nearest(m, dynamic_tree(True)), nearest(v, dynamic_tree(False)))
     assert by["int8"] < 0.027 < tree < by["fp8"] < 0.045 < by["int4"] < 0.5

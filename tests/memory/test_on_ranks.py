@@ -11,7 +11,14 @@ from trainkit import build, launch
 from trainkit import run as runs
 from trainkit.checkpoint import find, load
 
-WHAT = [*SMALL, "model.width=72", "data.batch=12", "checkpoint.every=3", "checkpoint.keep=9", "evaluation.sample_tokens=0"]
+WHAT = [
+    *SMALL,
+    "model.width=72",
+    "data.batch=12",
+    "checkpoint.every=3",
+    "checkpoint.keep=9",
+    "evaluation.sample_tokens=0",
+]
 
 
 def run(*overrides: str) -> None:

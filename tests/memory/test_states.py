@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from tests.conftest import SMALL, weights
-from trainkit import build, optimizers
+from trainkit import build, launch, optimizers
 from trainkit import run as runs
-from trainkit.checkpoint import find, load
+from trainkit.checkpoint import find, load, store
 from trainkit.errors import UserError
 from trainkit.learner import Learner
 from trainkit.optimizers import SGD, AdamW, Muon, low_bit
-from trainkit.optimizers.formats import CODES, SIGNED, dequantize
+from trainkit.optimizers.coding import Coded
+from trainkit.optimizers.formats import CODES, SIGNED, dequantize, quantize
 from trainkit.optimizers.low_bit import Keeping
 from trainkit.optimizers.state import load_named_state, named_state
 
@@ -166,8 +167,7 @@ def test_what_lies_in_between_is_a_chunk() -> None:
     assert most < 0.5 * 4 * model.weight.numel() * 3  # p, m and v: far less than one of these
 
 
-@pytest.mark.parametrize("memory", FORMATS)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize(("memory", "optimizer"), [("8bit", "adamw"), ("4bit", "muon"), ("fp8", "sgd")])
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(
     trained: Callable[..., build.Trainer], memory: str, optimizer: str
 ) -> None:
@@ -183,23 +183,53 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(
 STATES = {"baseline": None, **FORMATS}
 
 
-@pytest.mark.parametrize(("one", "other"), [(a, b) for a in STATES for b in STATES if a != b])
-def test_the_format_may_change_on_resume(trained: Callable[..., build.Trainer], one: str, other: str) -> None:
+@pytest.mark.parametrize(
+    ("one", "other", "near"),
+    [("baseline", "8bit", 0.02), ("8bit", "baseline", 0.0), ("8bit", "4bit", 0.3), ("4bit", "fp8", 0.06)],
+)
+def test_the_format_may_change_on_resume(
+    trained: Callable[..., build.Trainer], one: str, other: str, near: float
+) -> None:
     trained(*WIDE, f"memory={one}", "stop_at=3", name="t")
-    before = load(find.resolve("t", Path("runs"), lambda folder: runs.read(folder).checkpoint.keeping())).tensors  # type: ignore[union-attr]
+    before = load(find.resolve("t", Path("runs"), launch.policy)).tensors
     run = runs.composed([*SMALL, *WIDE, f"memory={other}", "name=t"])
     with build.trainer(run, Path("runs/t")) as trainer:
         found = trainer.learner.tensors()
-        for name in ("optimizer.backbone.blocks.0.attention.qkv.weight", "optimizer.backbone.embed.weight"):
-            if f"{name}.step" not in found:
-                continue
+        for name in ("backbone.blocks.0.attention.qkv.weight", "backbone.embed.weight"):
             for moment in ("exp_avg", "exp_avg_sq"):
-                numbers = [numbers_of(tensors, f"{name}.{moment}", STATES[m]) for tensors, m in ((before, one), (found, other))]
-                gap = float((numbers[0] - numbers[1]).norm() / numbers[0].norm())
-                assert gap < (0.35 if "4bit" in (other,) else 0.06 if other != "baseline" else 1e-6), (moment, gap)
+                key = f"optimizer.{name}.{moment}"
+                was, now = numbers_of(before, key, STATES[one]), numbers_of(found, key, STATES[other])
+                assert float((was - now).norm()) <= near * float(was.norm()), key
+            assert torch.equal(found[f"optimizer.{name}.step"].cpu(), before[f"optimizer.{name}.step"])
         trainer.fit()
     assert trainer.learner.step == 6
-    assert math.isfinite(float(weights(trainer.learner).sum()))
+    assert torch.isfinite(weights(trainer.learner)).all()
+
+
+def test_numbers_that_become_codes_are_never_all_there(
+    trained: Callable[..., build.Trainer], learner: Callable[..., Learner]
+) -> None:
+    before = trained(*WIDE, "stop_at=3", name="t").learner
+    it = learner(*WIDE, "memory=8bit")
+    described = store.inspect(find.resolve("t", Path("runs"), launch.policy)).tensors
+    made = {k: v for k, v in it.places(described).items() if k.startswith("optimizer.")}
+    held = sum(t.nbytes for v in made.values() for t in (v.state.values() if isinstance(v, Coded) else [v]))
+    matrices = sum(p.numel() for p in it.parameters if p.numel() >= 4096)
+    assert held < 2.3 * matrices + 12 * sum(p.numel() for p in it.parameters if p.numel() < 4096)  # rows of 72: 2.11
+    found = load_places(it, "t")
+    for name, parameter in it.model.named_parameters():
+        if parameter.numel() >= 4096:
+            state = before.optimizer.state[before.model.get_parameter(name)]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                codes = quantize(state[moment], CODES["int8"][SIGNED[moment]])
+                for end, expected in zip(("", "_scale"), codes):
+                    assert torch.equal(found[f"optimizer.{name}.{moment}_int8{end}"], expected)
+
+
+def load_places(it: Learner, name: str) -> dict[str, torch.Tensor]:
+    loaded = store.read(find.resolve(name, Path("runs"), launch.policy), it.places)
+    it.load(loaded.tensors, loaded.state["learner"])
+    return it.tensors()
 
 
 def numbers_of(tensors: dict[str, torch.Tensor], key: str, format_: str | None) -> torch.Tensor:
@@ -231,7 +261,7 @@ def test_rows_that_ranks_cut_within_blocks_are_refused(monkeypatch: pytest.Monke
 def test_the_loss_stays_near(learner: Callable[..., Learner]) -> None:
     ends = {}
     for memory in ("baseline", *FORMATS):
-        it = learner("model.width=64", f"memory={memory}", "steps=60", "optimizer.lr=0.01", "clip=1")
-        ends[memory] = sum([float(it.train_step()["loss"]) for _ in range(60)][-5:]) / 5
-    for memory, most in (("8bit", 0.03), ("fp8", 0.03), ("4bit", 0.1)):
-        assert abs(ends[memory] - ends["baseline"]) < most * ends["baseline"], ends
+        it = learner("model.width=64", f"memory={memory}", "steps=30", "optimizer.lr=0.01", "clip=1")
+        ends[memory] = sum([float(it.train_step()["loss"]) for _ in range(30)][-5:]) / 5
+    for memory in FORMATS:
+        assert ends[memory] < 1.1 * ends["baseline"], ends

@@ -98,13 +98,14 @@ def pieces(code: Code | None, width: int) -> list[tuple[slice, slice, slice, int
     return found
 
 
-def empty(code: Code, like: Tensor) -> tuple[Tensor, Tensor]:
+def empty(code: Code, like: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of zeros, for a tensor (..., width)."""
+    device = device or like.device
     of_codes, of_scales = columns(code, like.shape[-1])
     rows = like.shape[:-1]
     return (
-        torch.zeros(*rows, of_codes, dtype=torch.uint8, device=like.device),
-        torch.zeros(*rows, of_scales, dtype=torch.float32, device=like.device),
+        torch.zeros(*rows, of_codes, dtype=torch.uint8, device=device),
+        torch.zeros(*rows, of_scales, dtype=torch.float32, device=device),
     )
 
 

@@ -5,11 +5,13 @@ that the optimizer keeps.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
+from trainkit.optimizers.coding import Coded, coded
 from trainkit.optimizers.sharded import format_of, room, state_in, whole_columns
 
 
@@ -25,39 +27,43 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def places(
-    model: nn.Module, optimizer: torch.optim.Optimizer, described: Mapping[str, tuple[Sequence[int], torch.dtype]]
-) -> dict[str, Tensor]:
-    """Room for the state of those names, shapes and dtypes: laid out as the parameter that it belongs to, where
-    `optimizer` keeps states.
+    model: nn.Module, optimizer: torch.optim.Optimizer, described: Mapping[str, tuple[Sequence[int], torch.dtype, bool]]
+) -> dict[str, Any]:
+    """Room for the state of those names, shapes and dtypes, and whether it comes in whole rows: laid out as the parameter
+    that it belongs to, where `optimizer` keeps states. Numbers of which it keeps codes get a place that makes them.
 
     Raises:
         UserError: a name belongs to no parameter here, or a shape is another's.
     """
     parameters = dict(model.named_parameters())
     made = {}
-    for full, (shape, dtype) in described.items():
-        name = full.rpartition(".")[0]
+    for full, (shape, dtype, whole_rows) in described.items():
+        name, _, key = full.rpartition(".")
         if name not in parameters:
             raise UserError(f"the checkpoint's optimizer has state for {full}, which this model lacks")
         _refuse_shape(full, shape, parameters[name])
         device = _device(optimizer, parameters[name])
-        made[full] = room(parameters[name], shape, dtype, device) if shape else torch.empty((), dtype=dtype)
+        codes = coded(optimizer, parameters[name], key, dtype, device) if shape and whole_rows else None
+        made[full] = codes or (room(parameters[name], shape, dtype, device) if shape else torch.empty((), dtype=dtype))
     return made
 
 
-def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None:
-    """Give `optimizer`, freshly built or not, the state that `named_state` took. The tensors are its own from now on, or
-    are converted to the format that it keeps.
+def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, Any]) -> None:
+    """Give `optimizer`, freshly built or not, the state that `named_state` took, or what `places` gave. The tensors are
+    its own from now on, or are converted to the format that it keeps.
 
     Raises:
         UserError: a name belongs to no parameter here, or a shape is another's.
     """
     parameters, left = dict(model.named_parameters()), dict(named)
     for name, parameter in parameters.items():
-        state = {}
+        state: dict[str, Tensor] = {}
         for full in [f for f in left if f.rpartition(".")[0] == name]:
             key, value = full.rpartition(".")[2], left.pop(full)
             _refuse_shape(full, value.shape, parameter)
+            if isinstance(value, Coded):
+                state |= value.state
+                continue
             on_device = value.ndim > 0 or _device_scalars(optimizer)
             state[key] = value.to(_device(optimizer, parameter) if on_device else "cpu")
         if state:
