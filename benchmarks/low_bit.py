@@ -1,6 +1,6 @@
 """What optimizer states of fewer bits cost: in loss, in bytes, in time.
 
-    python benchmarks/low_bit.py [--seeds 3] [--steps 300] [--models tiny wide] [--codes] [--time]
+    python benchmarks/low_bit.py [--seeds 3] [--steps 200] [--models tiny wide] [--codes] [--time]
 
 Trains each model on the embedded corpus with states of float32, int8, fp8 and int4, a run a seed, and prints the mean
 validation loss after the last step, its difference from float32 seed by seed, and the standard deviation over the seeds of
@@ -28,8 +28,8 @@ BETAS, EPS = (0.9, 0.99), 1e-8
 
 def validation_loss(model: list[str], memory: str, steps: int, seed: int) -> float:
     """Train, and measure all of the validation split."""
-    how = ["data.length=64", "data.batch=8", "tracking=console", "name=low-bit", f"memory={memory}", f"steps={steps}", f"seed={seed}"]
-    run = runs.composed([*model, *how])
+    what = [*model, "data.length=64", "data.batch=8", f"steps={steps}", f"seed={seed}", "name=low-bit"]
+    run = runs.composed([*what, f"memory={memory}"])
     ranks = build.ranks(run)
     it = build.learner(run, run.data.open(), ranks)
     for _ in range(steps):
@@ -139,7 +139,7 @@ def times(rounds: int = 15) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--codes", action="store_true")
     parser.add_argument("--time", action="store_true")

@@ -106,7 +106,7 @@ def test_the_errors_of_the_docs_hold() -> None:
         for name, c in CODES.items()
     }
     tree = error(nearest(m, dynamic_tree(True)), nearest(v, dynamic_tree(False)))
-    assert by["int8"] < 0.027 < tree < by["fp8"] < 0.045 < by["int4"] < 0.5
+    assert by["int8"] < 0.027 < tree < by["fp8"] < 0.045 < by["int4"] < 0.6
 
 
 def test_one_format_becomes_another() -> None:

@@ -27,6 +27,7 @@ ALL = {
     "plain": SGD(lr=0.01, momentum=0.0),
     "muon": Muon(lr=0.01, adamw_lr=0.003),
 }
+MOMENTS = {"adamw": "mvmvmv", "sgd": "bbb", "nesterov": "bbb", "muon": "mvbb"}  # moments of the three matrices
 FORMATS = {"8bit": "int8", "4bit": "int4", "fp8": "fp8"}
 WIDE = ["model.width=72", "memory.microbatch=2"]  # rows that are no whole blocks
 
@@ -80,6 +81,7 @@ def test_a_step_is_that_of_the_decoded_states(name: str, format_: str) -> None:
             load_named_state(reference, theirs, {k: v.clone() for k, v in named_state(model, optimizer).items()})
             assert not any(format_ in key for key in named_state(reference, theirs))
         take(model, optimizer, 1, begin=step)
+        assert sum(key.endswith(f"_{format_}_scale") for key in named_state(model, optimizer)) == len(MOMENTS[name])
         take(reference, theirs, 1, begin=step)
         torch.testing.assert_close(flat(model), flat(reference), rtol=1e-6, atol=1e-9)
         with torch.no_grad():
