@@ -17,6 +17,8 @@ WRONG = {
     "model=tinny": "model has no choice 'tinny'; did you mean 'tiny'",
     "memory=checkpoint+8bits": "memory has no choice '8bits'",
     "memory=baseline,checkpoint": "memory=baseline,checkpoint is a sweep, and one run takes one choice",
+    "memory=8bit+4bit": "8bit says memory.states.format=int8 and 4bit says int4: take one of the two",
+    "memory=step_in_backward": "the gradient's norm is not known yet: set clip=0",
     "modle=tiny": "'modle' is not a key of a run; did you mean 'model'",
     "optimizer.lrr=1": "'optimizer.lrr' is not a key of a run; did you mean 'optimizer.lr'",
     "optimizer.lr=abc": "optimizer.lr=abc: input should be a valid number",

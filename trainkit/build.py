@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import hardware, randomness, versions
+from trainkit import hardware, optimizers, randomness, versions
 from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded, store
@@ -61,7 +61,7 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     return Learner(
         task=run.task,
         model=model,
-        optimizer=run.optimizer.build(model),
+        optimizer=optimizers.build(run.optimizer, model, run.memory, compiled=run.compile != "off"),
         schedule=run.schedule,
         loader=run.data.build(corpus, seed=run.seed, ranks=ranks, device=ranks.device),
         ranks=ranks,

@@ -69,6 +69,7 @@ class Learner:
         """Leave the clipped gradients of the global batch in the parameters, and change nothing else, so that a step can be
         computed as often as one likes: `update` or `discard` comes next. The metrics hold `ANSWER`."""
         self.ranks.pace.begin()
+        self.set_lr()  # an update may be made in the backward
         torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
         metrics = self.task.backward(
             self.model, batch, microbatch=self.microbatch, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
@@ -96,7 +97,7 @@ class Learner:
         """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is), and what
         this rank alone answers for of the gradients."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = self.ranks.whole(torch.nn.utils.get_total_norm(gradients))
+        norm = self.ranks.whole(optimizers.total_norm(self.optimizer, self.parameters))
         own = self.sums.own if self.sums else self.ranks.own(gradients, norm)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
@@ -168,6 +169,15 @@ class Learner:
         self.in_a_row.fill_(in_a_row)
         return True
 
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether updates are made before all gradients are there, so that no step can be computed twice."""
+        return isinstance(self.optimizer, optimizers.InBackward)
+
+    def torn(self) -> bool:
+        """Whether a bad step left some weights updated and others not. Waits for the device."""
+        return bool(getattr(self.optimizer, "torn", False))
+
     def tensors(self) -> dict[str, Tensor]:
         """All that is learned, by name (`model.…`, `optimizer.…`), and the state of every random generator."""
         tensors = {MODEL + k: v for k, v in self.model.state_dict().items()}
@@ -190,8 +200,11 @@ class Learner:
         shapes = {name: facts["shape"] for name, facts in described.items()}
         check_model(self.model, _under(MODEL, shapes))
         own = {MODEL + name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        dtypes = {name: (shapes[name], DTYPES[facts["dtype"]]) for name, facts in described.items()}
-        states = optimizer_places(self.model, _under(OPTIMIZER, dtypes))
+        facts = {
+            name: (shapes[name], DTYPES[of["dtype"]], all(part[2][-1:] == shapes[name][-1:] for part in of["parts"]))
+            for name, of in described.items()
+        }
+        states = optimizer_places(self.model, self.optimizer, _under(OPTIMIZER, facts))
         rest = {name: described[name] for name in described if name.startswith((RANDOM, GUARD))}
         return own | {OPTIMIZER + k: v for k, v in states.items()} | on_cpu(rest)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from trainkit.choices import ANY_OF_SEVERAL, choices
+from trainkit.choices import ANY_OF_SEVERAL, CONF, choices
 from trainkit.errors import UserError, nearest
+from trainkit.strict import MAX_YAML, parse_yaml, read_file
 
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[\w/@.:-]+)(?:=(?P<value>.*))?", re.DOTALL)
 
@@ -21,7 +22,7 @@ class Overrides:
     """A person's overrides of a `Run`, each one checked."""
 
     def __init__(self, run: type, texts: list[str], config_dir: Path | None = None) -> None:
-        self._run, self._choices = run, choices(config_dir)
+        self._run, self._choices, self._roots = run, choices(config_dir), [CONF, *filter(None, [config_dir])]
         self._given = [self._split(text) for text in texts]
         self._hydra = [self._checked(*given) for given in self._given]
 
@@ -65,7 +66,26 @@ class Overrides:
         for name in names:
             if name not in self._choices[group] and not (name == "null" and group == "experiment"):
                 raise UserError(f"{group} has no choice '{name}'{nearest(name, self._choices[group])}")
+        if several:
+            self._refuse_clash(group, names)
         return f"{group}=[{','.join(names)}]" if several else f"{group}={value}"
+
+    def _refuse_clash(self, group: str, names: list[str]) -> None:
+        """Raise UserError where two choices that are joined say different things of one key: the last would win."""
+        said: dict[str, tuple[str, Any]] = {}
+        for name in names:
+            file = next(f for root in self._roots if (f := root / group / f"{name}.yaml").exists())
+            try:
+                tree = parse_yaml(read_file(file, MAX_YAML).decode())
+            except (OSError, ValueError):
+                continue  # a person's own file: Hydra, which reads more than values, says what it thinks of it
+            for key, value in _leaves(tree):
+                other, before = said.setdefault(key, (name, value))
+                if value != before:
+                    raise UserError(
+                        f"{group}={'+'.join(names)}: {other} says {group}.{key}={before} and {name} says {value}: "
+                        f"take one of the two"
+                    )
 
 
 def explain(run: type, error: Any) -> str:
@@ -98,6 +118,14 @@ def typed_wrongly(tree: Any, typed: Any, path: str = "") -> str | None:
     elif isinstance(tree, bool) and not isinstance(typed, bool):
         return f"{path}={str(tree).lower()}: input should be a {type(typed).__name__}"
     return None
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif key != "defaults":  # Hydra's own word
+            yield prefix + key, value
 
 
 def _join_hint(group: str, value: str) -> str:

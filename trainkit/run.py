@@ -73,6 +73,11 @@ class Run:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", self.name or ""):
             raise ValueError(f"name={self.name} is not a folder's name: letters, digits and . _ + - only")
         self.schedule.check(self.steps)
+        self.memory.check(
+            **{name: getattr(self, name) for name in ("optimizer", "clip", "precision", "guard", "parallel")},
+            batch=self.data.batch,
+            deterministic=self.deterministic,
+        )
         if self.deterministic == "elastic" and self.parallel.kind == "fsdp":
             raise ValueError("deterministic=elastic sums whole gradients itself: use parallel=ddp or parallel=single")
         if self.deterministic == "elastic" and self.data.batch > MOST_ROWS:

@@ -84,8 +84,9 @@ class Trainer:
                         self.checkpointer.make_room(self.learner.tensors())
                     self.watchdog.beat(self.learner.step)
             except (DivergedError, UnreliableError):
-                self.learner.forget_bad()
-                self.save(wait=True)
+                if not self.learner.torn():
+                    self.learner.forget_bad()
+                    self.save(wait=True)
                 raise
             self.leave(end)
         self.status = end
@@ -269,7 +270,7 @@ class Trainer:
         if bad is None:
             return metrics
         learner.step = bad
-        if self.guard.replay:
+        if self.guard.replay and not learner.steps_in_backward:
             metrics, made = self.replay.again(metrics)
             if made:
                 return metrics
@@ -279,9 +280,12 @@ class Trainer:
             return metrics
         if self.guard.policy == "rewind" and len(learner.history) < self.guard.rewinds and self.rewind(bad, samples):
             return metrics
+        left = f"the weights before it are saved as step {bad}"
+        if learner.torn():
+            left = "only some weights made it, so that none are saved: go on from the newest checkpoint"
         raise DivergedError(
-            f"step {bad + 1}: the loss or its gradient is not finite or jumped (batch of samples {samples}); the weights "
-            f"before it are saved as step {bad}; lower optimizer.lr, raise schedule.warmup, or look at those samples"
+            f"step {bad + 1}: the loss or its gradient is not finite or jumped (batch of samples {samples}); {left}; "
+            f"lower optimizer.lr, raise schedule.warmup, or look at those samples"
         )
 
     def warn(self, text: str) -> None:

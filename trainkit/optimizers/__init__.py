@@ -3,26 +3,44 @@
 Every group of a built optimizer carries its peak learning rate; the learner scales it by the schedule.
 """
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainkit.optimizers.adamw import AdamW
+from trainkit.optimizers.in_backward import InBackward, step
+from trainkit.optimizers.low_bit import Keeping
 from trainkit.optimizers.muon import Muon
+from trainkit.optimizers.offloaded import Offloaded
 from trainkit.optimizers.sgd import SGD
 
 Optimizer = AdamW | SGD | Muon
 
-__all__ = ["SGD", "AdamW", "Muon", "Optimizer", "step"]
+__all__ = ["SGD", "AdamW", "InBackward", "Muon", "Optimizer", "build", "step", "total_norm"]
 
 
-def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """Make an update, unless `skip` (a float32 scalar on the device) is 1: then weights and state stay bitwise the same.
+def build(config: Optimizer, model: nn.Module, memory: Any, *, compiled: bool) -> torch.optim.Optimizer:
+    """An optimizer of `model` whose states and step are as `memory` says (`states`, `offload_optimizer`,
+    `step_in_backward`). Steps of our own are `compiled` on request, and on a GPU always."""
+    odd = any(p.grad_dtype not in (None, p.dtype) for p in model.parameters())  # torch's kernels take no such gradients
+    make = config.build
+    if memory.states or odd:
+        on_gpu = any(p.device.type == "cuda" for p in model.parameters()) and not memory.offload_optimizer
+        keeping = Keeping(memory.states and memory.states.format, compiled or on_gpu)
+        make = partial(config.build, keeping=keeping)
+    if memory.offload_optimizer:
+        return Offloaded(model, make)
+    return InBackward(make(model)) if memory.step_in_backward else make(model)
 
-    The fused kernels look at `skip` on the device, through what they offer to `torch.amp.GradScaler`; for others the
-    host has to wait and ask.
-    """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
-        optimizer.step()
-    elif not skip.item():
-        optimizer.step()
+
+def total_norm(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients, in at least float32: those that are there, or those that the backward has used up."""
+    if isinstance(optimizer, InBackward):
+        return torch.linalg.vector_norm(torch.stack(optimizer.norms()))
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if any(grad.dtype.itemsize < 4 for grad in grads):
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+    return torch.nn.utils.get_total_norm(grads)

@@ -7,7 +7,9 @@ from annotated_types import Interval
 from torch import nn
 
 from trainkit.config import NonNegative, Positive, config
+from trainkit.optimizers import low_bit
 from trainkit.optimizers.groups import decay_groups
+from trainkit.optimizers.low_bit import Keeping, LowBit
 
 Beta = Annotated[float, Interval(ge=0, lt=1)]
 
@@ -22,7 +24,9 @@ class AdamW:
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimizer of the parameters that learn."""
+    def build(self, model: nn.Module, keeping: Keeping | None = None) -> torch.optim.Optimizer:
+        """An optimizer of the parameters that learn; `keeping` says how its states are kept."""
         groups = decay_groups(model.parameters(), self.lr, self.weight_decay)
+        if keeping is not None:
+            return LowBit(groups, low_bit.adamw(*self.betas, self.eps), keeping)
         return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, fused=True)

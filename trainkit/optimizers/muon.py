@@ -4,11 +4,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainkit.config import Fraction, NonNegative, Positive, config
+from trainkit.optimizers import formats, low_bit, sharded
 from trainkit.optimizers.adamw import Beta
 from trainkit.optimizers.groups import decay_groups
+from trainkit.optimizers.low_bit import Keeping, LowBit
+from trainkit.optimizers.sharded import format_of
+
+EPS = 1e-8
 
 
 @config
@@ -24,26 +29,56 @@ class Muon:
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegative = 0.1
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimizer of the parameters that learn."""
+    def build(self, model: nn.Module, keeping: Keeping | None = None) -> torch.optim.Optimizer:
+        """An optimizer of the parameters that learn; `keeping` says how its states are kept."""
         inside = {
             name: p
             for name, p in model.named_parameters()
             if ".blocks." in f".{name}" and p.ndim == 2 and p.requires_grad
         }
         rest = [p for name, p in model.named_parameters() if name not in inside]
-        muon = torch.optim.Muon(
-            list(inside.values()),
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            adjust_lr_fn="match_rms_adamw",
+        of_muon: dict[str, Any] = {
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "adjust_lr_fn": "match_rms_adamw",
+        }
+        groups = decay_groups(rest, self.adamw_lr, self.weight_decay)
+        if keeping is not None:
+            adamw = low_bit.adamw(*self.betas, EPS)
+            return Both(LowBitMuon(list(inside.values()), keeping, **of_muon), LowBit(groups, adamw, keeping))
+        return Both(
+            torch.optim.Muon(list(inside.values()), **of_muon),
+            torch.optim.AdamW(groups, lr=self.adamw_lr, betas=self.betas, eps=EPS, fused=True),
         )
-        adamw = torch.optim.AdamW(
-            decay_groups(rest, self.adamw_lr, self.weight_decay), lr=self.adamw_lr, betas=self.betas, fused=True
-        )
-        return Both(muon, adamw)
+
+
+class LowBitMuon(torch.optim.Muon):
+    """torch's Muon whose momentum is kept in few bits. One matrix after the other is decoded, stepped and encoded:
+    orthogonalisation needs it whole."""
+
+    def __init__(self, parameters: list[nn.Parameter], keeping: Keeping, **of_muon: Any) -> None:
+        super().__init__(parameters, **of_muon)
+        self.keeping = keeping
+
+    def format_of(self, parameter: Tensor) -> str | None:
+        """The format that this parameter's states are kept in."""
+        return self.keeping.format if formats.fits(parameter) else None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        self.state[p] = sharded.state_in(None, p, self.state[p])
+                        self.param_groups = [{**group, "params": [p]}]
+                        super().step()
+                        self.state[p] = sharded.state_in(self.format_of(p), p, self.state[p])
+        finally:
+            self.param_groups = groups
 
 
 class Both(torch.optim.Optimizer):
@@ -55,6 +90,10 @@ class Both(torch.optim.Optimizer):
         self.param_groups = [*first.param_groups, *second.param_groups]
         ours = {p for g in first.param_groups for p in g["params"]}
         self.state = _Chained(first.state, second.state, of_first=ours)  # type: ignore[assignment]
+
+    def format_of(self, parameter: Tensor) -> str | None:
+        """The format that this parameter's states are kept in."""
+        return format_of(self.parts[parameter not in self.state.of_first], parameter)  # type: ignore[attr-defined]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for part in self.parts:
@@ -70,10 +109,10 @@ class _Chained(dict[Any, Any]):
 
     def __init__(self, first: Any, second: Any, of_first: set[Any]) -> None:
         super().__init__()
-        self._first, self._second, self._of_first = first, second, of_first
+        self._first, self._second, self.of_first = first, second, of_first
 
     def _of(self, key: Any) -> Any:
-        return self._first if key in self._of_first else self._second
+        return self._first if key in self.of_first else self._second
 
     def __getitem__(self, key: Any) -> Any:
         return self._of(key)[key]

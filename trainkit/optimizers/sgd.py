@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from trainkit.config import Fraction, NonNegative, Positive, config
+from trainkit.optimizers import low_bit
 from trainkit.optimizers.groups import decay_groups
+from trainkit.optimizers.low_bit import Keeping, LowBit
 
 
 @config
@@ -23,8 +25,10 @@ class SGD:
         if self.nesterov and self.momentum == 0:
             raise ValueError("optimizer.nesterov needs optimizer.momentum above 0")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimizer of the parameters that learn."""
+    def build(self, model: nn.Module, keeping: Keeping | None = None) -> torch.optim.Optimizer:
+        """An optimizer of the parameters that learn; `keeping` says how its states are kept."""
         groups = decay_groups(model.parameters(), self.lr, self.weight_decay)
+        if keeping is not None:
+            return LowBit(groups, low_bit.sgd(self.momentum, self.nesterov), keeping)
         # not fused: that kernel leaves its momentum uninitialised when the very first update is skipped
         return torch.optim.SGD(groups, momentum=self.momentum, nesterov=self.nesterov, foreach=True)

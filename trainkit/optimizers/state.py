@@ -1,11 +1,18 @@
-"""An optimizer's state by parameter name, which is what a checkpoint can hold and any layout can read."""
+"""An optimizer's state by parameter name, which is what a checkpoint can hold and any layout can read.
+
+A state key names its format (`exp_avg`, or `exp_avg_int8` and `exp_avg_int8_scale`): what is loaded comes into the format
+that the optimizer keeps.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
+from trainkit.optimizers.coding import Coded, coded
+from trainkit.optimizers.sharded import format_of, room, state_in, whole_columns
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -19,47 +26,67 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return named
 
 
-def places(model: nn.Module, described: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, Tensor]:
-    """Room for the state of those names, shapes and dtypes: laid out as the parameter that it belongs to, wherever that lies.
+def places(
+    model: nn.Module, optimizer: torch.optim.Optimizer, described: Mapping[str, tuple[Sequence[int], torch.dtype, bool]]
+) -> dict[str, Any]:
+    """Room for the state of those names, shapes and dtypes, and whether it comes in whole rows: laid out as the parameter
+    that it belongs to, where `optimizer` keeps states. Numbers of which it keeps codes get a place that makes them.
 
     Raises:
         UserError: a name belongs to no parameter here, or a shape is another's.
     """
     parameters = dict(model.named_parameters())
     made = {}
-    for full, (shape, dtype) in described.items():
-        parameter = parameters.get(full.rpartition(".")[0])
-        if parameter is None:
+    for full, (shape, dtype, whole_rows) in described.items():
+        name, _, key = full.rpartition(".")
+        if name not in parameters:
             raise UserError(f"the checkpoint's optimizer has state for {full}, which this model lacks")
-        if shape and tuple(shape) != tuple(parameter.shape):
-            raise UserError(f"the checkpoint's optimizer is another's: {full} is {tuple(shape)} there")
-        made[full] = torch.empty_like(parameter.detach(), dtype=dtype) if shape else torch.empty((), dtype=dtype)
+        _refuse_shape(full, shape, parameters[name])
+        device = _device(optimizer, parameters[name])
+        codes = coded(optimizer, parameters[name], key, dtype, device) if shape and whole_rows else None
+        made[full] = codes or (room(parameters[name], shape, dtype, device) if shape else torch.empty((), dtype=dtype))
     return made
 
 
-def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None:
-    """Give `optimizer`, freshly built or not, the state that `named_state` took. The tensors are its own from now on.
+def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, named: Mapping[str, Any]) -> None:
+    """Give `optimizer`, freshly built or not, the state that `named_state` took, or what `places` gave. The tensors are
+    its own from now on, or are converted to the format that it keeps.
 
     Raises:
         UserError: a name belongs to no parameter here, or a shape is another's.
     """
     parameters, left = dict(model.named_parameters()), dict(named)
     for name, parameter in parameters.items():
-        state = {}
+        state: dict[str, Tensor] = {}
         for full in [f for f in left if f.rpartition(".")[0] == name]:
             key, value = full.rpartition(".")[2], left.pop(full)
-            if value.ndim and value.shape != parameter.shape:
-                raise UserError(f"the checkpoint's optimizer is another's: {full} is {tuple(value.shape)} there")
+            _refuse_shape(full, value.shape, parameter)
+            if isinstance(value, Coded):
+                state |= value.state
+                continue
             on_device = value.ndim > 0 or _device_scalars(optimizer)
-            state[key] = value.to(parameter.device if on_device else "cpu")
+            state[key] = value.to(_device(optimizer, parameter) if on_device else "cpu")
         if state:
-            optimizer.state[parameter] = state
+            optimizer.state[parameter] = state_in(format_of(optimizer, parameter), parameter, state)
         elif named and parameter.requires_grad:
             raise UserError(f"the checkpoint's optimizer has no state for {name}")
     if left:
         raise UserError(f"the checkpoint's optimizer has state for {sorted(left)[0]}, which this model lacks")
+    if hasattr(optimizer, "reread"):
+        optimizer.reread()
+
+
+def _refuse_shape(full: str, shape: Sequence[int], parameter: Tensor) -> None:
+    expected = (*parameter.shape[:-1], whole_columns(full.rpartition(".")[2], parameter)) if parameter.ndim else ()
+    if tuple(shape) not in ((), expected):
+        raise UserError(f"the checkpoint's optimizer is another's: {full} is {tuple(shape)} there")
+
+
+def _device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
+    """Where the states of a parameter are kept."""
+    return getattr(optimizer, "keeps_on", parameter.device)
 
 
 def _device_scalars(optimizer: torch.optim.Optimizer) -> bool:
-    """Fused kernels keep their step count beside the weights."""
+    """Fused kernels keep their step count beside the weights, as ours do."""
     return any(group.get("fused") for group in optimizer.param_groups)

@@ -69,7 +69,7 @@ class Replicas:
 
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     return parameter.grad
 
 
