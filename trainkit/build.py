@@ -44,16 +44,16 @@ def check(run: Run) -> None:
 
 def ranks(run: Run) -> Ranks:
     """The processes of this run and their device."""
-    return run.parallel.join(hardware.choose(run.parallel.device))
+    return run.parallel.join(hardware.choose(run.parallel.device), stream=run.memory.stream is not None)
 
 
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     """All that learns, and nothing that writes: enough for tests and benchmarks."""
     _refuse_small_vocabulary(corpus.vocab, run)
     randomness.seed_all(run.seed)
-    model = run.task.build(run.model.build()).to(ranks.device)
+    model = run.task.build(run.model.build()).to(ranks.home)
     model = run.precision.apply(model, ranks.device)
-    model = run.memory.apply(model)  # over whole blocks, before anything else wraps them
+    model = run.memory.apply(model, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
     model = ranks.apply(model, exact_sums=run.deterministic == "elastic")
     _compile(model, run.compile)
     return Learner(

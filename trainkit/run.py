@@ -75,6 +75,12 @@ class Run:
             raise ValueError("deterministic=elastic sums whole gradients itself: use parallel=ddp or parallel=single")
         if self.deterministic == "elastic" and self.data.batch > MOST_ROWS:
             raise ValueError(f"deterministic=elastic sums {MOST_ROWS} rows at most: lower data.batch={self.data.batch}")
+        self.memory.check(
+            compile=self.compile,
+            parallel=self.parallel.kind,
+            deterministic=self.deterministic,
+            compute=self.precision.compute,
+        )
         if self.data.length > self.model.context:
             raise ValueError(f"data.length={self.data.length} is longer than model.context={self.model.context}")
 

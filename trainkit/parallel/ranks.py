@@ -14,8 +14,8 @@ from trainkit.parallel.replicate import Replicas
 
 @dataclass
 class Ranks:
-    """`device` is where this rank's tensors live. `host` is for words between the ranks in the loop, `saving` for those
-    of a save that goes on behind it."""
+    """`device` is where this rank computes. `host` is for words between the ranks in the loop, `saving` for those of a
+    save that goes on behind it. With `stream` the parameters' home is the host."""
 
     device: torch.device
     rank: int = 0
@@ -23,11 +23,17 @@ class Ranks:
     host: Group = field(default_factory=Group)
     saving: Group = field(default_factory=Group)
     kind: str = "single"
+    stream: bool = False
     pace: Pace = field(init=False)
     replicas: Replicas | None = None
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.device)
+
+    @property
+    def home(self) -> torch.device:
+        """Where parameters, gradients and the optimizer's state live."""
+        return torch.device("cpu") if self.stream else self.device
 
     @property
     def first(self) -> bool:
@@ -51,7 +57,7 @@ class Ranks:
         if self.kind == "fsdp":
             from trainkit.parallel import fsdp  # takes a second, which only those who shard should wait for
 
-            return fsdp.shard(model, self.device, self.size)
+            return fsdp.shard(model, self.device, self.size, stream=self.stream)
         if self.size > 1 and not exact_sums:
             self.replicas = Replicas(model)
         return model
@@ -59,7 +65,7 @@ class Ranks:
     def sum_next(self, model: Any, last: bool) -> None:
         """Say before a backward whether it is the step's last one, in which gradients are summed over the ranks."""
         if self.kind == "fsdp":
-            model.set_requires_gradient_sync(last)
+            model.set_requires_gradient_sync(last or self.stream)  # else whole gradients would wait on the device
         elif self.replicas is not None:
             self.replicas.sum_next(last)
 

@@ -90,8 +90,10 @@ class LanguageModel(nn.Module):
     """`forward(tokens_BT, labels_BT, documents_BT=None)` is the sum of the losses; without labels it is the logits BTV.
 
     With `caches`, one a block, the rows go on from the `seen` positions in them, and only the last position's logits
-    B1V are made: a step of generation.
+    B1V are made: a step of generation. `fused_loss` says whether the loss is made in chunks.
     """
+
+    fused_loss: Literal["auto", "on", "off"] = "auto"
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class LanguageModel(nn.Module):
         else:
             hidden = self.backbone(tokens, documents)
         unembed: Tensor = self.backbone.unembed  # type: ignore[assignment]  # a backbone's (V, D) head
-        return F.linear(hidden, unembed) if labels is None else summed_loss(hidden, unembed, labels)
+        return F.linear(hidden, unembed) if labels is None else summed_loss(hidden, unembed, labels, self.fused_loss)
 
 
 def _microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:
