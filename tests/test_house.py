@@ -39,7 +39,7 @@ FLOORS = [
         "overrides",
         "versions",
     },
-    {"tasks", "checkpoint", "history"},
+    {"tasks", "checkpoint", "history", "fitting"},
     {"learner"},
     {"trainer"},
     {"run"},

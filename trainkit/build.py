@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import hardware, randomness, versions
+from trainkit import fitting, hardware, randomness, versions
 from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded, store
@@ -67,7 +67,7 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
         seed=run.seed,
         steps=run.steps,
         clip=run.clip,
-        microbatch=run.memory.microbatch or run.data.batch,
+        microbatch=run.memory.microbatch if isinstance(run.memory.microbatch, int) else run.data.batch,
         guard=run.guard,
         exact=run.deterministic == "elastic",
     )
@@ -163,6 +163,9 @@ def _trainer(
             raise DamagedError(f"{found.path} holds no run's state: {type(error).__name__} {error}") from error
         seconds = time.perf_counter() - begin
         checkpointer.notes.append(f"went on from step {found.step}, verified and loaded in {seconds:.2f} s")
+    it.fitting.advice = run.memory.advice()
+    how = {"device": hardware.name(joined.device), "memory": run.memory.describe(), "compile": run.compile}
+    fitting.settle(it, folder, run.memory.microbatch, how, lambda text: trackers.note(text))
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus), it.step, steps=made.stop_at, config=run.yaml())
@@ -194,7 +197,7 @@ def header(run: Run, trainer: Trainer, corpus: Any) -> dict[str, str]:
     """What a person wants to see before a run starts."""
     it, meter = trainer.learner, trainer.meter
     device, ways = it.ranks.device, it.ranks.size
-    micro = min(it.microbatch, run.data.batch // ways)
+    micro = it.fitting.rows
     accumulated = -(-run.data.batch // ways // micro)
     peak = f"{meter.peak_flops / 1e12:.2f} TFLOP/s measured in {run.precision.compute or run.precision.params}"
     return {

@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainkit import optimizers, precision, randomness
+from trainkit import memory, optimizers, precision, randomness
 from trainkit.checkpoint.store import on_cpu
 from trainkit.checkpoint.tensors import DTYPES
 from trainkit.errors import UserError
 from trainkit.exact import ExactSums
+from trainkit.fitting import Fitting
 from trainkit.guard import Guard, Rewind, position
 from trainkit.optimizers.state import load_named_state, named_state
 from trainkit.optimizers.state import places as optimizer_places
@@ -39,7 +40,7 @@ class Learner:
     seed: int
     steps: int
     clip: float
-    microbatch: int
+    microbatch: int  # rows that go through the model at once, to begin with
     guard: Guard = field(default_factory=Guard)
     exact: bool = False  # sums over rows that do not depend on how many ranks share them
     history: list[Rewind] = field(default_factory=list)
@@ -53,31 +54,50 @@ class Learner:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.forget_bad()
         self.spikes = Spikes(self.guard.spike, self.guard.window, self.ranks.device)
+        self.fitting = Fitting(1 if self.exact else min(self.microbatch, self.loader.batch // self.ranks.size), self.ranks)
+        self.told = self.step  # at which `account` was asked last
         self.sums = ExactSums(self.parameters, self.seed_row, self.ranks.sum) if self.exact else None
 
     def train_step(self) -> dict[str, Tensor | float]:
         """One update from one global batch. The metrics are tensors: only the loop's log waits for the device."""
         self.ranks.pace.begin()
         batch = self.loader.at(self.position)
-        torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
-        metrics = self.task.backward(
-            self.model, batch, microbatch=self.microbatch, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
-        )
+        metrics = self.fitting.run(self.model, "documents" in batch, lambda rows: self.gradients(batch, rows))
         self.scaler.unscale_(self.optimizer)
         metrics["grad_norm"] = self.clip_gradients()
         metrics["lr"] = self.set_lr()
-        optimizers.step(self.optimizer, skip=self.unfit(metrics["loss"], metrics["grad_norm"]))
+        optimizers.step(self.optimizer, skip=self.unfit(metrics["loss"], metrics["grad_norm"]).to(self.ranks.home))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return metrics
+
+    def gradients(self, batch: Mapping[str, Tensor], rows: int) -> dict[str, Any]:
+        """Give the parameters this step's gradients of `batch`, `rows` of it at a time."""
+        torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
+        metrics: dict[str, Any] = self.task.backward(
+            self.model, batch, microbatch=rows, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
+        )
+        return metrics
+
+    def rehearse(self, rows: int) -> None:
+        """The next step's gradients with two microbatches of `rows` at most, as a trial. The caller clears them."""
+        batch = {name: tensor[: 2 * rows] for name, tensor in self.loader.at(self.position).items()}
+        with torch.random.fork_rng([self.ranks.device] if self.ranks.device.type == "cuda" else []):
+            self.gradients(batch, rows)
+
+    def account(self) -> dict[str, float]:
+        """How steps are done: the rows at once, and what memory strategies moved a step since the last call."""
+        steps, self.told = max(self.step - self.told, 1), self.step
+        moved = {name: value / steps for name, value in memory.stats(self.model).items()}
+        return {"microbatch": self.fitting.rows} | moved
 
     def clip_gradients(self) -> Tensor:
         """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is)."""
         norm = self.ranks.whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        return norm
+        return norm.to(self.ranks.device)
 
     def seed_row(self, row: int) -> None:
         """Seed what is drawn for this rank's `row`, by its place in the global batch."""

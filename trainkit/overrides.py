@@ -65,7 +65,8 @@ class Overrides:
         for name in names:
             if name not in self._choices[group] and not (name == "null" and group == "experiment"):
                 raise UserError(f"{group} has no choice '{name}'{nearest(name, self._choices[group])}")
-        return f"{group}=[{','.join(names)}]" if several else f"{group}={value}"
+        # in one order however they are typed: what two of them set (baseline, fused_loss) is the same then
+        return f"{group}=[{','.join(sorted(names))}]" if several else f"{group}={value}"
 
 
 def explain(run: type, error: Any) -> str:

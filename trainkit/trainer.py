@@ -153,7 +153,8 @@ class Trainer:
         record = {name: float(value) for name, value in metrics.items()} | {"epoch": self.epoch(step)}
         self.look_for_stragglers()
         extra, self.extra = self.extra, {}
-        return record | self.meter.read(step, self.stop_at) | {"memory_gb": self.memory_in_use() / 1e9} | extra
+        record |= self.meter.read(step, self.stop_at) | {"memory_gb": self.memory_in_use() / 1e9}
+        return record | self.learner.account() | extra
 
     def look_for_stragglers(self) -> None:
         """Say which rank keeps the others waiting, when another one does than was said."""

@@ -56,6 +56,12 @@ class Memory:
         said += [f"fused_loss={self.fused_loss}"] if self.fused_loss != "auto" else []
         return " + ".join(said) or "baseline"
 
+    def advice(self) -> str:
+        """What a person can do whose step does not fit, cheapest first."""
+        ways = [way for way in ("checkpoint", "offload_activations", "stream") if getattr(self, way) is None]
+        ways += ["fused_loss"] if self.fused_loss == "off" else []
+        return f"memory={'+'.join(ways)} hold less, any of them" if ways else "choose a smaller model or data.length"
+
 
 def stats(model: nn.Module) -> dict[str, float]:
     """What the strategies of `model` moved since the last call, and how long that was waited for."""

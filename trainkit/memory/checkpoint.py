@@ -7,7 +7,7 @@ another plan fuses other kernels: reordered.
 
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -66,10 +66,13 @@ def set_budget(budget: float) -> None:
 
 
 def _again_in_backward(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
-    if selective:
-        contexts = partial(create_selective_checkpoint_contexts, _policy)
-        return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
-    return partial(checkpoint, forward, use_reentrant=False)
+    how = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:  # a frame of ours: the compiler passes over torch's own
+        return checkpoint(forward, *args, use_reentrant=False, **how, **kwargs)
+
+    return run
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

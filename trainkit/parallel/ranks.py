@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainkit.errors import RanOutError
 from trainkit.parallel.group import Group
 from trainkit.parallel.pace import Pace
 from trainkit.parallel.replicate import Replicas
@@ -26,6 +27,7 @@ class Ranks:
     stream: bool = False
     pace: Pace = field(init=False)
     replicas: Replicas | None = None
+    careful: bool = False  # sums begin when every rank has said that its memory was enough
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.device)
@@ -67,12 +69,24 @@ class Ranks:
         if self.kind == "fsdp":
             model.set_requires_gradient_sync(last or self.stream)  # else whole gradients would wait on the device
         elif self.replicas is not None:
-            self.replicas.sum_next(last)
+            self.replicas.sum_next(last and not self.careful)
 
     def finish_sums(self) -> None:
-        """Wait for the sums of gradients, after the step's last backward."""
+        """Wait for the sums of gradients, after the step's last backward.
+
+        Raises:
+            RanOutError: a careful step, and another rank ran out of memory in it.
+        """
+        if self.careful and not self.all_fit(True):
+            raise RanOutError("another rank ran out of memory")
         if self.replicas is not None:
+            if self.careful:
+                self.replicas.sum_next(True)
             self.replicas.finish()
+
+    def all_fit(self, fits: bool) -> bool:
+        """Whether every rank's memory was enough for what they all tried."""
+        return self.host.max(int(not fits)) == 0
 
     def leave(self) -> None:
         """Part from the other ranks, when all are done."""
