@@ -53,7 +53,9 @@ class Memory:
         """The strategies and their grades of neutrality, for a person."""
         chosen = {"checkpoint": self.checkpoint, "offload_activations": self.offload_activations, "stream": self.stream}
         said = [f"{name} ({s.grade})" for name, s in chosen.items() if s]
-        said += [f"fused_loss={self.fused_loss}"] if self.fused_loss != "auto" else []
+        said += {"auto": ["fused_loss where logits are large (reordered)"], "on": ["fused_loss (reordered)"], "off": []}[
+            self.fused_loss
+        ]
         return " + ".join(said) or "baseline"
 
     def advice(self) -> str:
