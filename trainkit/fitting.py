@@ -6,9 +6,10 @@ drawn: another sample of the same run, as with any other microbatch that a perso
 
 import gc
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,11 +36,11 @@ class Fitting:
     advice: str = "choose a smaller model or data.length"
     changed: Callable[[int], None] = lambda rows: None
     note: Callable[[str], None] = lambda text: None
-    proven: set[tuple[int, Any]] = field(default_factory=set)  # rows, and the kind of batch, that were enough once
+    proven: int = 0  # rows with which a step was made; one that all ranks know
 
-    def run(self, model: Any, kind: Any, work: Callable[[int], T]) -> T:
-        """`work(rows)`, again with half the rows as long as memory runs out in it. `kind` says which batches take equal
-        memory; the first of each kind is summed over the ranks only when all have come through it.
+    def run(self, model: Any, work: Callable[[int], T]) -> T:
+        """`work(rows)`, again with half the rows as long as memory runs out in it. The first step of so many rows is summed
+        over the ranks only when all have come through it.
 
         Ranks whose sums are under way cannot go back: one that runs out then makes it durable that half is enough, and
         ends; torchrun ends the others and starts all of them anew.
@@ -48,18 +49,19 @@ class Fitting:
             RanOutError: one row is too many, or ranks were in the middle of their sums.
         """
         while True:
-            self.ranks.careful = self.ranks.size > 1 and (self.rows, kind) not in self.proven
+            self.ranks.careful = self.ranks.size > 1 and self.rows != self.proven
             found, why = attempt(lambda: work(self.rows), self.ranks)
             if why is None:
-                self.proven.add((self.rows, kind))
-                self.ranks.careful = False
+                self.proven, self.ranks.careful = self.rows, False
                 return found  # type: ignore[return-value]  # there is one where nothing went wrong
             half = -(-self.rows // 2)
             if self.rows == 1:
                 raise RanOutError(f"not even one row at a time fits ({why}): {self.advice}")
             self.changed(half)
             if not can_go_back(self.ranks, model):
-                raise RanOutError(f"{self.rows} rows at once are too many ({why}): started again, it goes on with {half}")
+                raise RanOutError(
+                    f"{self.rows} rows at once are too many ({why}): started again, it goes on with {half}"
+                )
             clean_up(model, self.ranks.device)
             self.note(f"warning: {self.rows} rows at once are too many ({why}): the step is done again with {half}")
             self.rows = half
@@ -139,7 +141,12 @@ def attempt(work: Callable[[], T], ranks: Any) -> tuple[T | None, str | None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        why = str(error).splitlines()[0].partition(". ")[0][:160] if str(error) else type(error).__name__
+        found = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+        why = (
+            found[0][0].lower() + found[0][1:]
+            if found
+            else (str(error).splitlines() or [type(error).__name__])[0][:120]
+        )
         traceback.clear_frames(error.__traceback__)
     if ranks.careful and ranks.kind == "ddp" and why != ELSEWHERE:
         ranks.all_fit(False)

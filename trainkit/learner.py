@@ -1,6 +1,6 @@
 """What learns: a model, its optimizer and a step count. It writes nothing and knows no folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -54,7 +54,9 @@ class Learner:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.forget_bad()
         self.spikes = Spikes(self.guard.spike, self.guard.window, self.ranks.device)
-        self.fitting = Fitting(1 if self.exact else min(self.microbatch, self.loader.batch // self.ranks.size), self.ranks)
+        self.fitting = Fitting(
+            1 if self.exact else min(self.microbatch, self.loader.batch // self.ranks.size), self.ranks
+        )
         self.told = self.step  # at which `account` was asked last
         self.sums = ExactSums(self.parameters, self.seed_row, self.ranks.sum) if self.exact else None
 
@@ -62,7 +64,7 @@ class Learner:
         """One update from one global batch. The metrics are tensors: only the loop's log waits for the device."""
         self.ranks.pace.begin()
         batch = self.loader.at(self.position)
-        metrics = self.fitting.run(self.model, "documents" in batch, lambda rows: self.gradients(batch, rows))
+        metrics = self.fitting.run(self.model, lambda rows: self.gradients(batch, rows))
         self.scaler.unscale_(self.optimizer)
         metrics["grad_norm"] = self.clip_gradients()
         metrics["lr"] = self.set_lr()
@@ -85,6 +87,14 @@ class Learner:
         batch = {name: tensor[: 2 * rows] for name, tensor in self.loader.at(self.position).items()}
         with torch.random.fork_rng([self.ranks.device] if self.ranks.device.type == "cuda" else []):
             self.gradients(batch, rows)
+
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]], stop: Callable[[], bool]) -> dict[str, float] | None:
+        """The task's metrics over `batches`, as many rows at once as in a step; None when `stop()` says so in between."""
+        rows = self.fitting.rows
+        found: dict[str, float] | None = self.task.evaluate(
+            self.model, batches, ranks=self.ranks, stop=stop, microbatch=rows
+        )
+        return found
 
     def account(self) -> dict[str, float]:
         """How steps are done: the rows at once, and what memory strategies moved a step since the last call."""

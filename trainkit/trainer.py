@@ -172,9 +172,7 @@ class Trainer:
         learner = self.learner
         with self.meter.pause(), self.watchdog.phase("evaluation"):
             batches = learner.loader.validation(self.evaluation.batches)
-            found = learner.task.evaluate(
-                learner.model, batches, ranks=learner.ranks, stop=lambda: self.signals.asked is not None
-            )
+            found = learner.evaluate(batches, lambda: self.signals.asked is not None)
             if found is None:
                 return None
             if self.sample:

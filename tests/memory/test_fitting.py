@@ -1,6 +1,7 @@
 """Memory that runs out: the step is done again with half the rows, and a run begins with as many as fit."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from trainkit.models.decoder import Backbone
 PLAIN = ["optimizer=sgd", "optimizer.lr=0.1", "clip=0", "precision=fp64", "data.batch=8", "evaluation.sample_tokens=0"]
 forward = Backbone.forward
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB")
-CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried")
+CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+)
 
 
 def too_many(patch: pytest.MonkeyPatch, rows: int, error: Exception = GPU, *, where: str = "forward") -> list[int]:
@@ -109,15 +112,13 @@ def test_one_row_that_is_too_many_says_what_would_help(monkeypatch: pytest.Monke
     with build.trainer(run, Path("runs/a")) as trainer, pytest.raises(RanOutError) as stopped:
         trainer.fit()
     assert str(stopped.value) == (
-        "not even one row at a time fits (CUDA out of memory): memory=offload_activations+stream hold less, any of them"
+        "not even one row at a time fits (tried to allocate 2.00 GiB): memory=offload_activations+stream hold less, any of them"
     )
 
 
 @pytest.mark.parametrize("memory", ["stream", "stream+checkpoint+offload_activations"])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_streamed_blocks_forget_a_pass_that_broke_off(
-    monkeypatch: pytest.MonkeyPatch, memory: str, where: str
-) -> None:
+def test_streamed_blocks_forget_a_pass_that_broke_off(monkeypatch: pytest.MonkeyPatch, memory: str, where: str) -> None:
     def learned(*overrides: str) -> list[torch.Tensor]:
         run = runs.composed([*SMALL, *PLAIN, f"memory={memory}", "memory.offload_activations.above_mb=0", *overrides])
         joined = build.ranks(run)
@@ -135,9 +136,10 @@ def test_streamed_blocks_forget_a_pass_that_broke_off(
 
 
 def halved_run(name: str, *overrides: str) -> None:
-    with pytest.MonkeyPatch.context() as patch, build.trainer(
-        runs.composed([*SMALL, *PLAIN, *overrides, f"name={name}"]), Path("runs") / name
-    ) as trainer:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        build.trainer(runs.composed([*SMALL, *PLAIN, *overrides, f"name={name}"]), Path("runs") / name) as trainer,
+    ):
         too_many(patch, 2)
         trainer.fit()
 
@@ -145,7 +147,10 @@ def halved_run(name: str, *overrides: str) -> None:
 def test_a_run_that_goes_on_begins_with_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     what = ["tracking=jsonl+console", "memory.microbatch=4"]
     halved_run("a", *what, "stop_at=3")
-    assert "4 rows at once are too many (CUDA out of memory): the step is done again with 2" in capsys.readouterr().out
+    assert (
+        "4 rows at once are too many (tried to allocate 2.00 GiB): the step is done again with 2"
+        in capsys.readouterr().out
+    )
     assert json.loads(Path("runs/a/microbatch.json").read_text())["rows"] == 2
     halved_run("a", *what, "stop_at=5")
     out = capsys.readouterr().out
@@ -281,11 +286,19 @@ with build.trainer(run, Path("runs") / run.name) as trainer:
 
 
 def test_a_process_that_may_hold_no_more_goes_on_with_less() -> None:
-    what = [*SMALL, "name=limited", "model.width=256", "model.context=256", "data.length=256", "data.batch=32", "steps=2"]
+    what = [
+        *SMALL,
+        "name=limited",
+        "model.width=256",
+        "model.context=256",
+        "data.length=256",
+        "data.batch=32",
+        "steps=2",
+    ]
     what += ["data.path=long.txt", "schedule.warmup=0", "tracking=console", "evaluation.sample_tokens=0"]
     Path("long.txt").write_text("".join(f"{i} bottles of beer on the wall, take one down. " for i in range(2000)))
     command = [sys.executable, "-c", LIMITED, *what, "checkpoint.asynchronous=false", "evaluation.batches=1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "32 rows at once are too many" in done.stdout, done.stdout
+    assert re.search(r"32 rows at once are too many \(tried to allocate \d+ bytes\)", done.stdout), done.stdout
     assert "saved step 2" in done.stdout

@@ -28,7 +28,9 @@ def both_go_back() -> None:
     joined = build.ranks(run)
 
     def learned(*overrides: str) -> list[torch.Tensor]:
-        it = build.learner(runs.composed([*SMALL, *PLAIN, "parallel=ddp", "name=t", *overrides]), corpus, replace(joined))
+        it = build.learner(
+            runs.composed([*SMALL, *PLAIN, "parallel=ddp", "name=t", *overrides]), corpus, replace(joined)
+        )
         for _ in range(3):
             it.train_step()
         assert not it.ranks.careful
@@ -98,6 +100,6 @@ def test_in_the_middle_of_sums_torchrun_starts_all_of_them_again_with_half() -> 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*run, "script.py", "train", *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "4 rows at once are too many (CUDA out of memory): started again, it goes on with 2" in done.stderr
+    assert "4 rows at once are too many (CUDA out of memory. Tried): started again, it goes on with 2" in done.stderr
     lines = [json.loads(line) for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
     assert [line["microbatch"] for line in lines] == [4, 4, 4, 2, 2, 2]

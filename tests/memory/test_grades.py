@@ -78,7 +78,9 @@ def on_ranks(kind: str) -> None:
         plain = learned(*what, "memory=default", ranks=replace(joined))
         for strategy in STRATEGIES:
             if strategy == "stream" and kind == "ddp":
-                with pytest.raises(UserError, match="memory=stream holds slices of the model and parallel=ddp all of it"):
+                with pytest.raises(
+                    UserError, match="memory=stream holds slices of the model and parallel=ddp all of it"
+                ):
                     runs.composed([f"parallel={kind}", "memory=stream"])
                 continue
             ranks = replace(joined, stream=strategy == "stream")
@@ -96,11 +98,18 @@ def test_two_ranks_keep_the_grades(kind: str) -> None:
 
 
 REFUSED = {
-    ("parallel=ddp", "memory=stream"): "memory=stream holds slices of the model and parallel=ddp all of it: use parallel",
+    (
+        "parallel=ddp",
+        "memory=stream",
+    ): "memory=stream holds slices of the model and parallel=ddp all of it: use parallel",
     ("deterministic=elastic", "memory=stream"): "deterministic=elastic sums whole gradients itself: memory=stream has",
     ("precision=fp16", "memory=stream"): "float16's scaler has no part: use precision=bf16",
     ("memory.checkpoint.budget=0.5",): "memory.checkpoint.budget is kept by the compiler: use compile=full or",
-    ("compile=full", "memory=selective", "memory.checkpoint.budget=0.5"): "memory.checkpoint.every and memory.checkpoint",
+    (
+        "compile=full",
+        "memory=selective",
+        "memory.checkpoint.budget=0.5",
+    ): "memory.checkpoint.every and memory.checkpoint",
     ("memory.microbatch=many",): "memory.microbatch=many",
     ("memory.microbatch=0",): "memory.microbatch=0",
 }

@@ -29,7 +29,9 @@ class Memory:
     def check(self, *, compile: str, parallel: str, deterministic: str, compute: str | None) -> None:
         """Raise ValueError when a strategy cannot go with how else a run is done."""
         if self.checkpoint and self.checkpoint.budget is not None and compile == "off":
-            raise ValueError("memory.checkpoint.budget is kept by the compiler: use compile=full or compile=blocks with it")
+            raise ValueError(
+                "memory.checkpoint.budget is kept by the compiler: use compile=full or compile=blocks with it"
+            )
         if self.stream and parallel == "ddp":
             raise ValueError("memory=stream holds slices of the model and parallel=ddp all of it: use parallel=fsdp")
         if self.stream and deterministic == "elastic":
@@ -53,9 +55,11 @@ class Memory:
         """The strategies and their grades of neutrality, for a person."""
         chosen = {"checkpoint": self.checkpoint, "offload_activations": self.offload_activations, "stream": self.stream}
         said = [f"{name} ({s.grade})" for name, s in chosen.items() if s]
-        said += {"auto": ["fused_loss where logits are large (reordered)"], "on": ["fused_loss (reordered)"], "off": []}[
-            self.fused_loss
-        ]
+        said += {
+            "auto": ["fused_loss where logits are large (reordered)"],
+            "on": ["fused_loss (reordered)"],
+            "off": [],
+        }[self.fused_loss]
         return " + ".join(said) or "baseline"
 
     def advice(self) -> str:

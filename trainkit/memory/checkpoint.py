@@ -66,7 +66,7 @@ def set_budget(budget: float) -> None:
 
 
 def _again_in_backward(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
-    how = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+    how: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:  # a frame of ours: the compiler passes over torch's own

@@ -52,7 +52,7 @@ class Traffic:
         for number, block in enumerate(blocks):
             last = number == len(blocks) - 1
             run = self._last(block.forward) if last else self._moving(block, block.forward, number == 0)
-            block.forward = torch.compiler.disable(run, recursive=False) if compiled else run  # type: ignore[method-assign]
+            block.forward = torch.compiler.disable(run, recursive=False) if compiled else run
 
     def stats(self) -> dict[str, float]:
         """Gigabytes that moved, out and back, and seconds that the device waited for them, since the last call."""

@@ -43,7 +43,7 @@ class Passes:
         """Gigabytes in and out since the last call. Ask between steps, when parameters lie in slices."""
         everything = sum(_local(p).nbytes for p in self._model.parameters())
         learned = sum(_local(p).nbytes for p in self._model.parameters() if p.requires_grad)
-        blocks = sum(_local(p).nbytes for p in self._model.backbone.blocks.parameters())  # type: ignore[union-attr]
+        blocks = sum(_local(p).nbytes for p in self._model.backbone.blocks.parameters())  # type: ignore[union-attr, misc]
         moved = self._forward * everything + self._backward * (blocks + learned)
         self._forward = self._backward = 0
         return {"stream_gb": moved / 1e9}

@@ -60,9 +60,16 @@ class CausalLM:
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, ranks: Any, stop: Callable[[], bool]
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Tensor]],
+        *,
+        ranks: Any,
+        stop: Callable[[], bool],
+        microbatch: int | None = None,
     ) -> dict[str, float] | None:
-        """Loss (nats a token), perplexity and bits per byte of the batches; None when `stop()` says so in between.
+        """Loss (nats a token), perplexity and bits per byte of the batches, `microbatch` rows at a time (None: a whole
+        batch); None when `stop()` says so in between.
 
         Without a single label there is nothing to measure: all are NaN.
         """
@@ -73,8 +80,9 @@ class CausalLM:
             for batch in batches:
                 if stop():
                     return None
-                loss = model(batch["tokens"], batch["labels"], batch.get("documents"))
-                sums += torch.stack([loss.double(), (batch["labels"] != IGNORED).sum(), batch["bytes"].sum()])
+                for rows in _microbatches(batch, microbatch or len(batch["tokens"])):
+                    loss = model(rows["tokens"], rows["labels"], rows.get("documents"))
+                    sums += torch.stack([loss.double(), (rows["labels"] != IGNORED).sum(), rows["bytes"].sum()])
         finally:
             model.train(training)
         nats, tokens, size = ranks.sum(sums).tolist()
