@@ -16,6 +16,8 @@ from trainkit.errors import UserError, nearest
 
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[\w/@.:-]+)(?:=(?P<value>.*))?", re.DOTALL)
 
+_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")  # how pydantic calls the parts of a number-or-word
+
 
 class Overrides:
     """A person's overrides of a `Run`, each one checked."""
@@ -159,7 +161,7 @@ def _place(run: type, loc: tuple[Any, ...]) -> tuple[str, Any, str | None]:
         if tagged is not None and path:
             owner, candidates, tag = tagged, [tagged], str(part)
             continue
-        if any(c.__name__ == part for c in candidates):
+        if any(c.__name__ == part for c in candidates) or _MEMBER.fullmatch(str(part)):
             continue
         path.append(str(part))
         hint = next((_hints(c)[part] for c in candidates if part in _hints(c)), None)
