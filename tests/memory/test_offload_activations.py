@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from tests.test_models import model
-from trainkit.memory.lanes import HostLanes
+from trainkit.memory.lanes import HostLanes, _bytes
 from trainkit.memory.offload_activations import OffloadActivations, Traffic
 
 RUBBISH = 171
@@ -176,6 +176,7 @@ def test_on_a_cpu_nothing_is_copied() -> None:
     it = OffloadActivations(above_mb=0).apply(model(depth=3))
     lanes = HostLanes()
     storage = torch.zeros(10).untyped_storage()
+    assert _bytes(storage, torch.device("cpu")).tolist() == [0] * 40
     assert lanes.wait(lanes.fetch(lanes.send(storage))) is storage
     it(*batch(it)).backward()
     assert it.memory_stats[0]()["offload_gb"] > 0  # type: ignore[index, operator, union-attr]

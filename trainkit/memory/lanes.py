@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
+MOST = 1 << 16  # waits that are remembered until somebody asks for them
+
 
 class HostLanes:
     """Where the device is the host: nothing is copied, and nothing is waited for."""
@@ -51,7 +53,7 @@ class CudaLanes(HostLanes):
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._block: list[Tensor] = []
-        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=MOST)
 
     def serve(self, device: torch.device) -> bool:
         return device == self._device
@@ -87,7 +89,7 @@ class CudaLanes(HostLanes):
         return coming[0].untyped_storage()
 
     def waited_s(self) -> float:
-        stalls, self._stalls = self._stalls, []
+        stalls, self._stalls = self._stalls, deque(maxlen=MOST)
         if stalls:
             stalls[-1][1].synchronize()
         return float(sum(begin.elapsed_time(end) for begin, end in stalls)) / 1000
