@@ -152,7 +152,7 @@ def test_config_shows_the_run_and_what_can_be_chosen(capsys: pytest.CaptureFixtu
     assert "name: gpt2-moby-dick" in out
     assert "lr: 0.0003" in out
     groups = said(capsys, "config", "--groups")
-    assert re.search(r"^memory: +baseline, checkpoint, offload_activations$", groups, re.M)
+    assert re.search(r"^memory: +baseline, checkpoint, default, fused_loss, offload_activations, ", groups, re.M)
     experiment = said(capsys, "config", "experiment=char")
     assert "name: char" in experiment
 

@@ -40,7 +40,7 @@ FLOORS = [
         "overrides",
         "versions",
     },
-    {"tasks", "checkpoint", "history"},
+    {"tasks", "checkpoint", "history", "fitting"},
     {"learner"},
     {"replay"},
     {"trainer"},

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import hardware, optimizers, randomness, versions
+from trainkit import fitting, hardware, optimizers, randomness, versions
 from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded, store
@@ -46,16 +46,16 @@ def check(run: Run) -> None:
 
 def ranks(run: Run) -> Ranks:
     """The processes of this run and their device."""
-    return run.parallel.join(hardware.choose(run.parallel.device))
+    return run.parallel.join(hardware.choose(run.parallel.device), stream=run.memory.stream is not None)
 
 
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     """All that learns, and nothing that writes: enough for tests and benchmarks."""
     _refuse_small_vocabulary(corpus.vocab, run)
     randomness.seed_all(run.seed)
-    model = run.task.build(run.model.build()).to(ranks.device)
+    model = run.task.build(run.model.build()).to(ranks.home)
     model = run.precision.apply(model, ranks.device)
-    model = run.memory.apply(model)  # over whole blocks, before anything else wraps them
+    model = run.memory.apply(model, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
     model = ranks.apply(model, exact_sums=run.deterministic == "elastic")
     _compile(model, run.compile)
     return Learner(
@@ -69,7 +69,7 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
         seed=run.seed,
         steps=run.steps,
         clip=run.clip,
-        microbatch=run.memory.microbatch or run.data.batch,
+        microbatch=run.memory.microbatch if isinstance(run.memory.microbatch, int) else run.data.batch,
         guard=run.guard,
         exact=run.deterministic == "elastic",
     )
@@ -166,6 +166,9 @@ def _trainer(
             raise DamagedError(f"{found.path} holds no run's state: {type(error).__name__} {error}") from error
         seconds = time.perf_counter() - begin
         checkpointer.notes.append(f"went on from step {found.step}, verified and loaded in {seconds:.2f} s")
+    it.fitting.advice = run.memory.advice()
+    how = {"device": hardware.name(joined.device), "memory": run.memory.describe(), "compile": run.compile}
+    fitting.settle(it, folder, run.memory.microbatch, how, lambda text: trackers.note(text))
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus, mirror), it.step, steps=made.stop_at, config=run.yaml())
@@ -198,7 +201,7 @@ def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> di
     """What a person wants to see before a run starts."""
     it, meter = trainer.learner, trainer.meter
     device, ways = it.ranks.device, it.ranks.size
-    micro = min(it.microbatch, run.data.batch // ways)
+    micro = it.fitting.rows
     accumulated = -(-run.data.batch // ways // micro)
     peak = f"{meter.peak_flops / 1e12:.2f} TFLOP/s measured in {run.precision.compute or run.precision.params}"
     return {

@@ -18,6 +18,12 @@ class DamagedError(RuntimeError):
     exit_code = DAMAGED
 
 
+class RanOutError(MemoryError):
+    """Memory ran out, and half the microbatch is no way on from here. Exit code 1, so that torchrun starts anew."""
+
+    exit_code = FAILED
+
+
 class DivergedError(RuntimeError):
     """The loss or a gradient was not finite: going on by itself would only meet it again. Exit code 70."""
 

@@ -1,17 +1,18 @@
 """What learns: a model, its optimizer and a step count. It writes nothing and knows no folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from trainkit import optimizers, precision, randomness
+from trainkit import memory, optimizers, precision, randomness
 from trainkit.checkpoint.store import on_cpu
 from trainkit.checkpoint.tensors import DTYPES
 from trainkit.errors import UserError
 from trainkit.exact import ExactSums
+from trainkit.fitting import Fitting
 from trainkit.guard import Guard, Rewind, position
 from trainkit.optimizers.state import load_named_state, named_state
 from trainkit.optimizers.state import places as optimizer_places
@@ -40,7 +41,7 @@ class Learner:
     seed: int
     steps: int
     clip: float
-    microbatch: int
+    microbatch: int  # rows that go through the model at once, to begin with
     guard: Guard = field(default_factory=Guard)
     exact: bool = False  # sums over rows that do not depend on how many ranks share them
     history: list[Rewind] = field(default_factory=list)
@@ -54,6 +55,10 @@ class Learner:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.forget_bad()
         self.spikes = Spikes(self.guard.spike, self.guard.window, self.ranks.device)
+        self.fitting = Fitting(
+            1 if self.exact else min(self.microbatch, self.loader.batch // self.ranks.size), self.ranks
+        )
+        self.told = self.step  # at which `account` was asked last
         self.sums = ExactSums(self.parameters, self.seed_row, self.ranks.sum) if self.exact else None
 
     def train_step(self) -> dict[str, Tensor | float]:
@@ -70,10 +75,7 @@ class Learner:
         computed as often as one likes: `update` or `discard` comes next. The metrics hold `ANSWER`."""
         self.ranks.pace.begin()
         self.set_lr()  # an update may be made in the backward
-        torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
-        metrics = self.task.backward(
-            self.model, batch, microbatch=self.microbatch, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
-        )
+        metrics = self.fitting.run(self.model, lambda rows: self.gradients(batch, rows))
         self.scaler.unscale_(self.optimizer)
         norm, own = self.clip_gradients()
         return {"own_loss": metrics["loss"], **metrics, "grad_norm": norm, "own_gradients": own}
@@ -82,7 +84,8 @@ class Learner:
         """Make the update of what `compute` left, unless it must not be made. The step is done either way."""
         answer = torch.stack([metrics[name].detach().double() for name in ANSWER])
         lr = self.set_lr()
-        optimizers.step(self.optimizer, skip=self.unfit(metrics["loss"], metrics["grad_norm"], answer))
+        skip = self.unfit(metrics["loss"], metrics["grad_norm"], answer)
+        optimizers.step(self.optimizer, skip=skip.to(self.ranks.home))
         precision.update_scaler(self.scaler, keep=self.first_bad >= 0)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -93,6 +96,34 @@ class Learner:
         precision.update_scaler(self.scaler, keep=torch.ones_like(self.first_bad, dtype=torch.bool))
         self.optimizer.zero_grad(set_to_none=True)
 
+    def gradients(self, batch: Mapping[str, Tensor], rows: int) -> dict[str, Any]:
+        """Give the parameters this step's gradients of `batch`, `rows` of it at a time."""
+        torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
+        metrics: dict[str, Any] = self.task.backward(
+            self.model, batch, microbatch=rows, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
+        )
+        return metrics
+
+    def rehearse(self, rows: int) -> None:
+        """The next step's gradients with two microbatches of `rows` at most, as a trial. The caller clears them."""
+        batch = {name: tensor[: 2 * rows] for name, tensor in self.batch().items()}
+        with torch.random.fork_rng([self.ranks.device] if self.ranks.device.type == "cuda" else []):
+            self.gradients(batch, rows)
+
+    def evaluate(self, batches: Iterable[Mapping[str, Tensor]], stop: Callable[[], bool]) -> dict[str, float] | None:
+        """The task's metrics over `batches`, as many rows at once as in a step; None when `stop()` says so in between."""
+        rows = self.fitting.rows
+        found: dict[str, float] | None = self.task.evaluate(
+            self.model, batches, ranks=self.ranks, stop=stop, microbatch=rows
+        )
+        return found
+
+    def account(self) -> dict[str, float]:
+        """How steps are done: the rows at once, and what memory strategies moved a step since the last call."""
+        steps, self.told = max(self.step - self.told, 1), self.step
+        moved = {name: value / steps for name, value in memory.stats(self.model).items()}
+        return {"microbatch": self.fitting.rows} | moved
+
     def clip_gradients(self) -> tuple[Tensor, Tensor]:
         """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is), and what
         this rank alone answers for of the gradients."""
@@ -101,7 +132,7 @@ class Learner:
         own = self.sums.own if self.sums else self.ranks.own(gradients, norm)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        return norm, own
+        return norm.to(self.ranks.device), own.to(self.ranks.device)
 
     def seed_row(self, row: int) -> None:
         """Seed what is drawn for this rank's `row`, by its place in the global batch."""

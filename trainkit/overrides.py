@@ -17,6 +17,8 @@ from trainkit.strict import MAX_YAML, parse_yaml, read_file
 
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~|)(?P<key>[\w/@.:-]+)(?:=(?P<value>.*))?", re.DOTALL)
 
+_MEMBER = re.compile(r"constrained-\w+|literal\[.*\]")  # how pydantic calls the parts of a number-or-word
+
 
 class Overrides:
     """A person's overrides of a `Run`, each one checked."""
@@ -68,12 +70,15 @@ class Overrides:
                 raise UserError(f"{group} has no choice '{name}'{nearest(name, self._choices[group])}")
         if several:
             self._refuse_clash(group, names)
-        return f"{group}=[{','.join(names)}]" if several else f"{group}={value}"
+        # in one order however they are typed: what is said of the same key twice is the same then
+        return f"{group}=[{','.join(sorted(names))}]" if several else f"{group}={value}"
 
     def _refuse_clash(self, group: str, names: list[str]) -> None:
         """Raise UserError where two choices that are joined say different things of one key: the last would win."""
         said: dict[str, tuple[str, Any]] = {}
         for name in names:
+            if name == "baseline":
+                continue  # it is what the others change
             file = next(f for root in self._roots if (f := root / group / f"{name}.yaml").exists())
             try:
                 tree = parse_yaml(read_file(file, MAX_YAML).decode())
@@ -186,7 +191,7 @@ def _place(run: type, loc: tuple[Any, ...]) -> tuple[str, Any, str | None]:
         if tagged is not None and path:
             owner, candidates, tag = tagged, [tagged], str(part)
             continue
-        if any(c.__name__ == part for c in candidates):
+        if any(c.__name__ == part for c in candidates) or _MEMBER.fullmatch(str(part)):
             continue
         path.append(str(part))
         hint = next((_hints(c)[part] for c in candidates if part in _hints(c)), None)

@@ -77,6 +77,7 @@ class Run:
             **{name: getattr(self, name) for name in ("optimizer", "clip", "precision", "guard", "parallel")},
             batch=self.data.batch,
             deterministic=self.deterministic,
+            compile=self.compile,
         )
         if self.deterministic == "elastic" and self.parallel.kind == "fsdp":
             raise ValueError("deterministic=elastic sums whole gradients itself: use parallel=ddp or parallel=single")

@@ -174,7 +174,8 @@ class Trainer:
         if slow := self.learner.ranks.straggler():
             self.trackers.note(f"warning: {slow}")
         extra, self.extra = self.extra, {}
-        return record | self.meter.read(step, self.stop_at) | dict(self.readings()) | extra
+        record |= self.meter.read(step, self.stop_at) | dict(self.readings())
+        return record | self.learner.account() | extra
 
     @contextmanager
     def aside(self, phase: str) -> Iterator[None]:
@@ -187,9 +188,7 @@ class Trainer:
         learner = self.learner
         with self.aside("evaluation"):
             batches = learner.loader.validation(self.evaluation.batches)
-            found = learner.task.evaluate(
-                learner.model, batches, ranks=learner.ranks, stop=lambda: self.signals.asked is not None
-            )
+            found = learner.evaluate(batches, lambda: self.signals.asked is not None)
             if found is None:
                 return None
             if self.sample:

@@ -29,9 +29,10 @@ class StepInBackward:
     ) -> None:
         """Raise ValueError where something has to be known of all gradients before an update."""
         rows = memory.microbatch or batch
+        rows, told = (1, "auto") if rows == "auto" else (rows, rows)
         for wrong, why in {
             "the gradient's norm is not known yet: set clip=0": clip > 0,
-            f"microbatches of {rows} rows add their gradients up first: set memory.microbatch=null": rows < batch,
+            f"microbatches of {told} rows add their gradients up first: set memory.microbatch=null": rows < batch,
             "precision=fp16 leaves out updates that overflow: use precision=bf16": precision.compute == "float16",
             "guard=skip leaves out single updates: use guard.policy=stop or guard=rewind": guard.policy == "skip",
             "guard.spike looks at the loss of all ranks first: set guard.spike=null": guard.spike is not None,

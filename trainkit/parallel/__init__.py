@@ -37,21 +37,24 @@ class Parallel:
                 f"use parallel=ddp or parallel=fsdp, or --nproc_per_node=1"
             )
 
-    def join(self, device: torch.device) -> Ranks:
-        """Meet the other ranks that torchrun started; without torchrun there are none."""
+    def join(self, device: torch.device, *, stream: bool = False) -> Ranks:
+        """Meet the other ranks that torchrun started; without torchrun there are none. To `stream` parameters from the
+        host is FSDP's work, on one rank too."""
         self.check()
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        if self.kind == "single" or (self.kind == "ddp" and size == 1):
+        kind = "fsdp" if stream else self.kind
+        if kind == "single" or (kind == "ddp" and size == 1):
             return Ranks(device=device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if stream and device.type == "cuda" else backend  # norms are summed on the host
         dist.init_process_group(backend, store=_meeting(), rank=rank, world_size=size, timeout=TIMEOUT)
         host, saving = (
             Group(rank, size, dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None) for _ in range(2)
         )
-        return Ranks(device=device, rank=rank, size=size, host=host, saving=saving, kind=self.kind)
+        return Ranks(device=device, rank=rank, size=size, host=host, saving=saving, kind=kind, stream=stream)
 
 
 def _meeting() -> dist.Store:

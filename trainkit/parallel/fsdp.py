@@ -7,16 +7,17 @@ Grade: reordered.
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 
-def shard(model: nn.Module, device: torch.device, size: int) -> nn.Module:
+def shard(model: nn.Module, device: torch.device, size: int, *, stream: bool = False) -> nn.Module:
     """`model`, in place, with every block and then the rest sharded over all ranks. Gradients are summed, not averaged:
-    the task divides."""
+    the task divides. With `stream` the slices live on the host, pinned where there is a GPU."""
     mesh = init_device_mesh(device.type, (size,))
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if stream else OffloadPolicy()
     for block in model.backbone.blocks:  # type: ignore[union-attr]  # a ModuleList
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, offload_policy=offload)
+    fully_shard(model, mesh=mesh, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

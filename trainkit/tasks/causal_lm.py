@@ -61,9 +61,16 @@ class CausalLM:
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, ranks: Any, stop: Callable[[], bool]
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Tensor]],
+        *,
+        ranks: Any,
+        stop: Callable[[], bool],
+        microbatch: int | None = None,
     ) -> dict[str, float] | None:
-        """Loss (nats a token), perplexity and bits per byte of the batches; None when `stop()` says so in between.
+        """Loss (nats a token), perplexity and bits per byte of the batches, `microbatch` rows at a time (None: a whole
+        batch); None when `stop()` says so in between.
 
         Without a single label there is nothing to measure: all are NaN.
         """
@@ -74,8 +81,9 @@ class CausalLM:
             for batch in batches:
                 if stop():
                     return None
-                loss = model(batch["tokens"], batch["labels"], batch.get("documents"))
-                sums += torch.stack([loss.double(), (batch["labels"] != IGNORED).sum(), batch["bytes"].sum()])
+                for rows in _microbatches(batch, microbatch or len(batch["tokens"])):
+                    loss = model(rows["tokens"], rows["labels"], rows.get("documents"))
+                    sums += torch.stack([loss.double(), (rows["labels"] != IGNORED).sum(), rows["bytes"].sum()])
         finally:
             model.train(training)
         nats, tokens, size = ranks.sum(sums).tolist()
@@ -91,8 +99,10 @@ class LanguageModel(nn.Module):
     """`forward(tokens_BT, labels_BT, documents_BT=None)` is the sum of the losses; without labels it is the logits BTV.
 
     With `caches`, one a block, the rows go on from the `seen` positions in them, and only the last position's logits
-    B1V are made: a step of generation.
+    B1V are made: a step of generation. `fused_loss` says whether the loss is made in chunks.
     """
+
+    fused_loss: Literal["auto", "on", "off"] = "auto"
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -111,7 +121,7 @@ class LanguageModel(nn.Module):
         else:
             hidden = self.backbone(tokens, documents)
         unembed: Tensor = self.backbone.unembed  # type: ignore[assignment]  # a backbone's (V, D) head
-        return F.linear(hidden, unembed) if labels is None else summed_loss(hidden, unembed, labels)
+        return F.linear(hidden, unembed) if labels is None else summed_loss(hidden, unembed, labels, self.fused_loss)
 
 
 def _microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:

@@ -5,7 +5,7 @@ each chunk's gradient is taken while its probabilities are at hand, so that (N, 
 twice. The idea of taking the gradient in the forward pass is Liger's (Hsu et al. 2024, arXiv:2410.10989).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,16 +16,19 @@ WHOLE = 1 << 22  # logits up to here (16 MiB in float32) are made at once: there
 CHUNK = 1 << 25  # logits of a chunk, 128 MiB in float32: smaller ones make the matrix products thin and slow
 
 
-def summed_loss(hidden: Tensor, unembed: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(
+    hidden: Tensor, unembed: Tensor, labels: Tensor, fused: Literal["auto", "on", "off"] = "auto"
+) -> Tensor:
     """The sum of the losses of the labels that are not -100, a float32 scalar (float64 if `hidden` is).
 
     Args:
         hidden: (..., D), any float dtype.
         unembed: (V, D).
         labels: (...) int64.
+        fused: whether it is made in chunks (on), from whole logits (off), or in chunks where they are large (auto).
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if hidden.shape[0] * unembed.shape[0] <= WHOLE:
+    if fused == "off" or (fused == "auto" and hidden.shape[0] * unembed.shape[0] <= WHOLE):
         logits = F.linear(hidden, unembed)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
