@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import hardware, randomness, versions
+from trainkit import hardware, optimizers, randomness, versions
 from trainkit import history as history_file
 from trainkit import run as runs
+from trainkit import start as starts
 from trainkit.checkpoint import Loaded, store
 from trainkit.checkpoint.lock import RunLock
 from trainkit.checkpoint.mirror import Mirror
@@ -37,6 +38,7 @@ def check(run: Run) -> None:
         UserError: the data is not there, or its vocabulary does not fit the model.
     """
     run.parallel.check()
+    run.precision.check(hardware.choose(run.parallel.device))
     run.data.check()
     if (vocab := run.data.vocab()) is not None:
         _refuse_small_vocabulary(vocab, run)
@@ -59,7 +61,7 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     return Learner(
         task=run.task,
         model=model,
-        optimizer=run.optimizer.build(model),
+        optimizer=optimizers.rounded(run.optimizer.build(model), model, run.precision.rounding),
         schedule=run.schedule,
         loader=run.data.build(corpus, seed=run.seed, ranks=ranks, device=ranks.device),
         ranks=ranks,
@@ -86,6 +88,7 @@ def trainer(
         UserError: wrong data, a name that is taken, another process on this run, a disk that cannot hold it.
         DamagedError: there are checkpoints and none is good.
     """
+    run = starts.identified(run, folder)
     if int(os.environ.get("RANK", "0")) == 0:
         runs.refuse_another(folder, run)
         check(run)
@@ -163,6 +166,9 @@ def _trainer(
             raise DamagedError(f"{found.path} holds no run's state: {type(error).__name__} {error}") from error
         seconds = time.perf_counter() - begin
         checkpointer.notes.append(f"went on from step {found.step}, verified and loaded in {seconds:.2f} s")
+    elif run.start_from is not None:
+        came = starts.load(run, it, corpus.tokenizer, folder.parent)
+        checkpointer.notes.append(f"began with the weights of {came}")
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus), it.step, steps=made.stop_at, config=run.yaml())
@@ -201,7 +207,7 @@ def header(run: Run, trainer: Trainer, corpus: Any) -> dict[str, str]:
         "run": f"{run.name}, step {it.step} to {trainer.stop_at}"
         if it.step
         else f"{run.name}, {trainer.stop_at} steps",
-        "model": f"{human_count(run.model.parameters())} parameters",
+        "model": f"{human_count(run.model.parameters())} parameters{_trained(run, it)}",
         "data": f"{corpus.name}: {human_count(corpus.train_tokens)} tokens to learn from, "
         f"{human_count(corpus.validation_tokens)} held out, tokenizer {corpus.tokenizer.name}",
         "device": f"{hardware.name(device)}, {peak}",
@@ -230,8 +236,16 @@ def _refuse_small_vocabulary(vocab: int, run: Run) -> None:
 
 
 def _checkpoint_bytes(it: Learner) -> int:
-    """How much a checkpoint takes: two moments beside every parameter at most."""
-    return sum(p.nbytes * (3 if p.requires_grad else 1) for p in it.model.parameters())
+    """How much a checkpoint takes: two moments beside every parameter at most, and of bfloat16 the weights in float32."""
+    learns = sum(p.numel() * 12 if p.itemsize == 2 else 2 * p.nbytes for p in it.parameters)
+    return learns + sum(p.nbytes for p in it.model.parameters())
+
+
+def _trained(run: Run, it: Learner) -> str:
+    """How much of it learns, if not all."""
+    adapter = run.model.adapter
+    count = human_count(sum(p.numel() for p in it.parameters))
+    return "" if adapter is None else f", frozen; {adapter.kind} learns {count}"
 
 
 def _samples(it: Learner) -> float:

@@ -6,10 +6,11 @@ from rich.console import Console
 
 from trainkit import build
 from trainkit import run as runs
-from trainkit.checkpoint import Checkpoint, Keeping, fetch, find
+from trainkit.checkpoint import fetch, find
 from trainkit.errors import DONE, STOPPED
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
+from trainkit.run import policy as policy
 from trainkit.signals import Signals
 
 
@@ -44,13 +45,6 @@ def resume(which: str, overrides: list[str], root: Path, config_dir: Path | None
     run = runs.saved(runs.content(folder), overrides, config_dir=config_dir)
     newest = which == "latest" or (root / which) == folder or Path(which) == folder
     return train(run, folder.parent, start=None if newest else named)
-
-
-def policy(folder: Path) -> Keeping:
-    """What a run's own config says about its tiers."""
-    run = runs.read(folder)
-    higher = run.evaluation.higher_is_better if run else False
-    return (run.checkpoint if run else Checkpoint()).keeping(higher_is_better=higher)
 
 
 def _say_what_next(run: Run, step: int, end: str, fresh: bool) -> None:

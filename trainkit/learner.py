@@ -66,7 +66,8 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         metrics["grad_norm"] = self.clip_gradients()
         metrics["lr"] = self.set_lr()
-        optimizers.step(self.optimizer, skip=self.unfit(metrics["loss"], metrics["grad_norm"]))
+        skip = self.unfit(metrics["loss"], metrics["grad_norm"])
+        optimizers.step(self.optimizer, skip, key=randomness.mix(self.seed, self.step))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -74,7 +75,8 @@ class Learner:
 
     def clip_gradients(self) -> Tensor:
         """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is)."""
-        norm = self.ranks.whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = self.ranks.whole(precision.total_norm(gradients))
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         return norm
