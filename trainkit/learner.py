@@ -59,6 +59,7 @@ class Learner:
         """One update from one global batch. The metrics are tensors: only the loop's log waits for the device."""
         self.ranks.pace.begin()
         batch = self.loader.at(self.position)
+        optimizers.begin(self.optimizer, randomness.mix(self.seed, self.step))
         torch.manual_seed(randomness.mix(self.seed, self.step, self.ranks.rank))
         metrics = self.task.backward(
             self.model, batch, microbatch=self.microbatch, ranks=self.ranks, scale=self.scaler.scale, exact=self.sums
@@ -66,8 +67,7 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         metrics["grad_norm"] = self.clip_gradients()
         metrics["lr"] = self.set_lr()
-        skip = self.unfit(metrics["loss"], metrics["grad_norm"])
-        optimizers.step(self.optimizer, skip, key=randomness.mix(self.seed, self.step))
+        optimizers.step(self.optimizer, skip=self.unfit(metrics["loss"], metrics["grad_norm"]))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

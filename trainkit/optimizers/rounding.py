@@ -42,7 +42,7 @@ class Wide(torch.optim.Optimizer):
     """An optimizer that steps on float32 copies of its parameters and gradients, bucket by bucket, and writes the result
     back. Its groups are those of `inner`; the state is float32 and stands under the real parameters.
 
-    `key` says which step it is, for the draw: `trainkit.optimizers.step` sets it.
+    `key` says which step it is, for the draw: `trainkit.optimizers.begin` sets it.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, names: Mapping[Tensor, str], rounding: Rounding) -> None:
@@ -67,7 +67,7 @@ class Wide(torch.optim.Optimizer):
             copy.grad = p.grad.float()  # type: ignore[union-attr]  # those without were left out
         own = {copy: {k: v for k, v in self.state[p].items() if k != MASTER} for p, copy in wide.items()}
         self._inner.param_groups = [{**group, "params": list(wide.values())}]
-        self._inner.state = defaultdict(dict, own)
+        self._inner.state = defaultdict(dict, {copy: state for copy, state in own.items() if state})
         self._inner.step()
         for p, copy in wide.items():
             copy.grad = None
