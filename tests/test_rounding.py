@@ -69,7 +69,8 @@ def test_bits_are_uniform_and_unrelated() -> None:
 def test_what_bfloat16_can_hold_is_written_as_it_is() -> None:
     exact = torch.randn(4096).bfloat16().float()
     odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
-    wide = torch.cat([exact, odd])
+    full = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # NaNs whose bits are all set
+    wide = torch.cat([exact, odd, full])
     torch.testing.assert_close(written(wide, key=3).float(), wide, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(written(torch.tensor([1 + 2**-10]), None).float(), torch.ones(1))
 

@@ -65,9 +65,8 @@ class Wide(torch.optim.Optimizer):
         wide = {p: p.detach().float() if copy is None else copy for p, copy in copies.items()}
         for p, copy in wide.items():
             copy.grad = p.grad.float()  # type: ignore[union-attr]  # those without were left out
-        own = {copy: {k: v for k, v in self.state[p].items() if k != MASTER} for p, copy in wide.items()}
-        self._inner.param_groups = [{**group, "params": list(wide.values())}]
-        self._inner.state = defaultdict(dict, {copy: state for copy, state in own.items() if state})
+        own = {copy: self.state[p] for p, copy in wide.items() if self.state[p]}
+        self._inner.param_groups, self._inner.state = [{**group, "params": list(wide.values())}], defaultdict(dict, own)
         self._inner.step()
         for p, copy in wide.items():
             copy.grad = None
