@@ -169,11 +169,11 @@ def test_doctor_finds_this_machine(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_completion_knows_groups_and_choices() -> None:
-    from trainkit.cli import _complete
+    from trainkit.cli_options import complete
 
-    assert _complete("mem") == ["memory="]
-    assert _complete("memory=checkpoint+off") == ["memory=checkpoint+offload_activations"]
-    assert "model=gpt2" in _complete("model=gpt")
+    assert complete("mem") == ["memory="]
+    assert complete("memory=checkpoint+off") == ["memory=checkpoint+offload_activations"]
+    assert "model=gpt2" in complete("model=gpt")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

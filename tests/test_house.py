@@ -45,8 +45,21 @@ FLOORS = [
     {"replay"},
     {"trainer"},
     {"run"},
-    {"build", "checkpoints", "convert", "unpickle", "launch", "use", "show", "doctor", "sampling", "prepare"},
-    {"cli", "__main__"},
+    {
+        "build",
+        "checkpoints",
+        "convert",
+        "unpickle",
+        "launch",
+        "use",
+        "show",
+        "doctor",
+        "sampling",
+        "prepare",
+        "merge",
+        "start",
+    },
+    {"cli", "cli_checkpoint", "cli_options", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 NEIGHBOURS = {7: True, 8: True}  # the upper floors may import sideways; the rooms below may not
@@ -219,8 +232,8 @@ def test_every_floor_has_its_rooms() -> None:
 
 def test_every_group_is_a_field_of_run_and_back() -> None:
     groups = {f.name for f in dataclasses.fields(runs.Run)} - {"name", "seed", "steps", "clip", "stop_at", "compile"}
-    groups -= {"deterministic", "notify"}
-    assert set(choices()) - {"experiment"} == groups
+    groups -= {"deterministic", "notify", "start_from", "start"}
+    assert {g for g in choices() if "." not in g} - {"experiment"} == groups
     rooms = {"model": "models", "optimizer": "optimizers", "task": "tasks", "schedule": "schedules"}
     assert {rooms.get(g, g) for g in groups} <= set(FLOOR)
 
@@ -232,6 +245,7 @@ def every_choice() -> list[str]:
 NEEDS = {
     "data=text": ["data.path=README.md"],
     "data=shards": ["data.path=anywhere"],
+    **{f"model.adapter={kind}": ["start_from=base"] for kind in ("lora", "dora", "qlora")},
     "data=mixture": ["data.sources.a.path=a", "data.sources.b.path=b"],
     "memory=step_in_backward": ["clip=0"],
 }

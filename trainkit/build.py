@@ -10,6 +10,7 @@ from typing import Any
 from trainkit import fitting, hardware, optimizers, randomness, versions
 from trainkit import history as history_file
 from trainkit import run as runs
+from trainkit import start as starts
 from trainkit.checkpoint import Loaded, store
 from trainkit.checkpoint.lock import RunLock
 from trainkit.checkpoint.mirror import Mirror
@@ -38,6 +39,7 @@ def check(run: Run) -> None:
         UserError: the data is not there, or its vocabulary does not fit the model.
     """
     run.parallel.check()
+    run.precision.check(hardware.choose(run.parallel.device))
     run.data.check()
     run.profile.check()
     if (vocab := run.data.vocab()) is not None:
@@ -61,7 +63,9 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     return Learner(
         task=run.task,
         model=model,
-        optimizer=optimizers.build(run.optimizer, model, run.memory, compiled=run.compile != "off"),
+        optimizer=optimizers.build(
+            run.optimizer, model, run.memory, compiled=run.compile != "off", rounding=run.precision.rounding
+        ),
         schedule=run.schedule,
         loader=run.data.build(corpus, seed=run.seed, ranks=ranks, device=ranks.device),
         ranks=ranks,
@@ -88,6 +92,7 @@ def trainer(
         UserError: wrong data, a name that is taken, another process on this run, a disk that cannot hold it.
         DamagedError: there are checkpoints and none is good.
     """
+    run = starts.identified(run, folder)
     if int(os.environ.get("RANK", "0")) == 0:
         runs.refuse_another(folder, run)
         check(run)
@@ -166,6 +171,9 @@ def _trainer(
             raise DamagedError(f"{found.path} holds no run's state: {type(error).__name__} {error}") from error
         seconds = time.perf_counter() - begin
         checkpointer.notes.append(f"went on from step {found.step}, verified and loaded in {seconds:.2f} s")
+    elif run.start_from is not None:
+        came = starts.load(run, it, corpus.tokenizer, folder.parent)
+        checkpointer.notes.append(f"began with the weights of {came}")
     it.fitting.advice = run.memory.advice()
     how = {"device": hardware.name(joined.device), "memory": run.memory.describe(), "compile": run.compile}
     fitting.settle(it, folder, run.memory.microbatch, how, lambda text: trackers.note(text))
@@ -208,7 +216,7 @@ def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> di
         "run": f"{run.name}, step {it.step} to {trainer.stop_at}"
         if it.step
         else f"{run.name}, {trainer.stop_at} steps",
-        "model": f"{human_count(run.model.parameters())} parameters",
+        "model": f"{human_count(run.model.parameters())} parameters{_trained(run, it)}",
         "data": f"{corpus.name}: {human_count(corpus.train_tokens)} tokens to learn from, "
         f"{human_count(corpus.validation_tokens)} held out, tokenizer {corpus.tokenizer.name}",
         "device": f"{hardware.name(device)}, {peak}",
@@ -237,8 +245,16 @@ def _refuse_small_vocabulary(vocab: int, run: Run) -> None:
 
 
 def _checkpoint_bytes(it: Learner) -> int:
-    """How much a checkpoint takes: two moments beside every parameter at most."""
-    return sum(p.nbytes * (3 if p.requires_grad else 1) for p in it.model.parameters())
+    """How much a checkpoint takes: two moments beside every parameter at most, and of bfloat16 the weights in float32."""
+    learns = sum(p.numel() * 12 if p.itemsize == 2 else 2 * p.nbytes for p in it.parameters)
+    return learns + sum(p.nbytes for p in it.model.parameters())
+
+
+def _trained(run: Run, it: Learner) -> str:
+    """How much of it learns, if not all."""
+    adapter = run.model.adapter
+    count = human_count(sum(p.numel() for p in it.parameters))
+    return "" if adapter is None else f", frozen; {adapter.kind} learns {count}"
 
 
 def _samples(it: Learner) -> float:

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from trainkit import __version__, versions
-from trainkit.choices import ANY_OF_SEVERAL, choices
+from trainkit.choices import choices
+from trainkit.cli_checkpoint import looking_after
+from trainkit.cli_options import RUNS, ConfigDir, Json, Quantize, Runs, Words, leave
 from trainkit.errors import DONE, FAILED, MISTAKE
 
 app = typer.Typer(
@@ -20,21 +22,7 @@ app = typer.Typer(
 )
 
 
-def _complete(incomplete: str) -> list[str]:
-    """Groups, and after `group=` their choices."""
-    group, sign, start = incomplete.partition("=")
-    known = choices()
-    if not sign:
-        return [f"{g}=" for g in known if g.startswith(group)]
-    joined, plus, last = start.rpartition("+") if group in ANY_OF_SEVERAL else ("", "", start)
-    return [f"{group}={joined}{plus}{c}" for c in known.get(group, []) if c.startswith(last)]
-
-
-Words = Annotated[list[str] | None, typer.Argument(metavar="[OVERRIDES]...", autocompletion=_complete)]
-Runs = Annotated[Path, typer.Option("--runs", envvar="TRAINKIT_RUNS", help="The folder that holds the runs.")]
-ConfigDir = Annotated[Path | None, typer.Option(help="A folder with groups and choices of your own.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RUNS = Path("runs")
+app.add_typer(looking_after, name="checkpoint")
 
 
 def _say_version(asked: bool) -> None:
@@ -65,7 +53,7 @@ def train(overrides: Words = None, runs: Runs = RUNS, config_dir: ConfigDir = No
     signals.leave_at_once()
     from trainkit import launch, run
 
-    _leave(launch.train(run.composed(overrides or [], config_dir), runs))
+    leave(launch.train(run.composed(overrides or [], config_dir), runs))
 
 
 @app.command()
@@ -83,7 +71,7 @@ def resume(
 
     if "=" in which:
         which, overrides = "latest", [which, *(overrides or [])]
-    _leave(launch.resume(which, overrides or [], runs, config_dir))
+    leave(launch.resume(which, overrides or [], runs, config_dir))
 
 
 @app.command("list-checkpoints")
@@ -132,13 +120,14 @@ def prepare(
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT")],
     overrides: Words = None,
+    quantize: Quantize = None,
     json_: Json = False,
     runs: Runs = RUNS,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint on its validation split, or on another data=..."""
     from trainkit import use
 
-    use.evaluate(checkpoint, overrides or [], runs, as_json=json_)
+    use.evaluate(checkpoint, overrides or [], runs, quantize=quantize, as_json=json_)
 
 
 @app.command()
@@ -151,12 +140,13 @@ def generate(
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from this much probability.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    quantize: Quantize = None,
     runs: Runs = RUNS,
 ) -> None:
     """Write text with a checkpoint."""
     from trainkit import use
 
-    use.generate(checkpoint, prompt, tokens, temperature, top_k, top_p, seed, device, runs)
+    use.generate(checkpoint, prompt, tokens, temperature, top_k, top_p, seed, device, quantize, runs)
 
 
 @app.command()
@@ -165,96 +155,6 @@ def doctor(json_: Json = False, runs: Runs = RUNS) -> None:
     from trainkit import show
 
     show.doctor(runs, as_json=json_)
-
-
-looking_after = typer.Typer(
-    no_args_is_help=True, help="Look after checkpoints: verify, show, diff, average, prune, copy."
-)
-app.add_typer(looking_after, name="checkpoint")
-Which = Annotated[str, typer.Argument(metavar="[latest|best|RUN|RUN/step-N|PATH]")]
-
-
-@looking_after.command()
-def verify(
-    checkpoint: Which = "latest",
-    everything: Annotated[bool, typer.Option("--all", help="All of the run's; without a run, all there are.")] = False,
-    runs: Runs = RUNS,
-) -> None:
-    """Hash every byte. Exit code 74 when one is not good."""
-    from trainkit import checkpoints
-
-    _leave(checkpoints.verify(checkpoint, runs, everything=everything))
-
-
-@looking_after.command("show")
-def show_checkpoint(checkpoint: Which = "latest", json_: Json = False, runs: Runs = RUNS) -> None:
-    """What a checkpoint says of itself: step, metric, versions, tensors, files."""
-    from trainkit import checkpoints
-
-    checkpoints.show(checkpoint, runs, as_json=json_)
-
-
-@looking_after.command()
-def diff(first: str, second: str, json_: Json = False, runs: Runs = RUNS) -> None:
-    """What changed between two checkpoints: config, tensors, how far weights moved."""
-    from trainkit import checkpoints
-
-    checkpoints.diff(first, second, runs, as_json=json_)
-
-
-@looking_after.command()
-def average(
-    which: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more.")],
-    out: Annotated[str, typer.Option(help="The name of the run that holds the average.")],
-    runs: Runs = RUNS,
-) -> None:
-    """The mean of several checkpoints' weights, as a run of its own."""
-    from trainkit import checkpoints
-
-    checkpoints.average(which, out, runs)
-
-
-@looking_after.command()
-def prune(
-    run: str,
-    overrides: Words = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
-    runs: Runs = RUNS,
-) -> None:
-    """Show what the run's policy (or checkpoint.keep=... given here) would remove, ask, and remove it."""
-    from trainkit import checkpoints
-
-    checkpoints.prune(run, overrides or [], runs, yes=yes)
-
-
-@looking_after.command()
-def copy(
-    source: Annotated[str, typer.Argument(help="A checkpoint here, or an address such as s3://bucket/runs/RUN.")],
-    target: Annotated[str, typer.Argument(help="An address such as s3://bucket/runs, or a folder of runs.")],
-    runs: Runs = RUNS,
-) -> None:
-    """A checkpoint from here to somewhere else or back, verified on both sides."""
-    from trainkit import checkpoints
-
-    checkpoints.copy(source, target, runs)
-
-
-@looking_after.command("import")
-def import_(
-    source: Annotated[Path, typer.Argument(help="A torch.save file or a torch.distributed.checkpoint folder.")],
-    name: Annotated[str, typer.Option(help="The run to make of it.")],
-    overrides: Words = None,
-    runs: Runs = RUNS,
-) -> None:
-    """Weights from others' checkpoints, as the first checkpoint of a new run. Executes nothing that is in them."""
-    from trainkit import checkpoints
-
-    checkpoints.imported(source, name, overrides or [], runs)
-
-
-def _leave(code: int) -> None:
-    if code:
-        raise typer.Exit(code)
 
 
 def main(arguments: list[str] | None = None) -> None:

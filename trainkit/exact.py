@@ -27,33 +27,35 @@ class ExactSums:
         device = parameters[0].device
         self._sums = [torch.zeros(2, p.numel(), dtype=torch.int64, device=device) for p in parameters]
         self._loss = torch.zeros(2, 1, dtype=torch.int64, device=device)
-        self._unfit = torch.zeros((), dtype=torch.int64, device=device)
+        self._unfit = torch.zeros(
+            2, dtype=torch.int64, device=device
+        )  # losses, gradients: a scaled one may overflow alone
         self.own = torch.zeros((), dtype=torch.float64, device=device)  # this rank's sums of gradients, as one number
 
     def take(self, loss: Tensor) -> None:
         """Add one row's loss (a scalar) and the gradients that its backward left, and clear those."""
-        self._add(self._loss, loss.reshape(1))
+        self._add(self._loss, loss.reshape(1), self._unfit[0])
         for parameter, total in zip(self._parameters, self._sums, strict=True):
             if parameter.grad is not None:
-                self._add(total, parameter.grad.flatten())
+                self._add(total, parameter.grad.flatten(), self._unfit[1])
                 parameter.grad = None
 
     def finish(self) -> Tensor:
         """Give every parameter the sum over all rows of all ranks as its gradient, and return that of the losses."""
         self.own = fingerprint([*self._sums, self._unfit])
-        unfit = self._over_ranks(self._unfit) > 0
+        of_loss, unfit = self._over_ranks(self._unfit) > 0
         for parameter, total in zip(self._parameters, self._sums, strict=True):
             parameter.grad = self._value(total, unfit).view_as(parameter).to(parameter.dtype)
             total.zero_()
-        loss = self._value(self._loss, unfit).squeeze().float()
+        loss = self._value(self._loss, of_loss).squeeze().float()
         self._loss.zero_()
         self._unfit.zero_()
         return loss
 
-    def _add(self, total: Tensor, numbers: Tensor) -> None:
+    def _add(self, total: Tensor, numbers: Tensor, unfit: Tensor) -> None:
         scaled = numbers.double() * _COARSE
         fit = scaled.abs() < 2.0**62
-        self._unfit += (~fit).any()  # NaN is not less than anything
+        unfit += (~fit).any()  # NaN is not less than anything
         scaled = torch.where(fit, scaled, 0.0)
         coarse = scaled.round()
         total[0] += coarse.long()

@@ -6,10 +6,11 @@ from rich.console import Console
 
 from trainkit import build
 from trainkit import run as runs
-from trainkit.checkpoint import Checkpoint, Keeping, fetch, find
+from trainkit.checkpoint import fetch, find
 from trainkit.errors import DONE, STOPPED
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
+from trainkit.run import policy as policy
 from trainkit.signals import Signals
 
 
@@ -57,13 +58,6 @@ def adopt(text: str, origin: str | None) -> str:
             f"the mirror {mirror} of its run.yaml is not where this run came from, and is left out: checkpoint.mirror= sets one"
         )
     return kept
-
-
-def policy(folder: Path) -> Keeping:
-    """What a run's own config says about its tiers."""
-    run = runs.read(folder)
-    higher = run.evaluation.higher_is_better if run else False
-    return (run.checkpoint if run else Checkpoint()).keeping(higher_is_better=higher)
 
 
 def _say_what_next(run: Run, step: int, end: str, fresh: bool) -> None:

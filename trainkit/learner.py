@@ -75,6 +75,7 @@ class Learner:
         computed as often as one likes: `update` or `discard` comes next. The metrics hold `ANSWER`."""
         self.ranks.pace.begin()
         self.set_lr()  # an update may be made in the backward
+        optimizers.begin(self.optimizer, randomness.mix(self.seed, self.step))
         metrics = self.fitting.run(self.model, lambda rows: self.gradients(batch, rows))
         self.scaler.unscale_(self.optimizer)
         norm, own = self.clip_gradients()

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from trainkit.choices import ANY_OF_SEVERAL, CONF, choices
+from trainkit.choices import ANY_OF_SEVERAL, CONF, MAY_BE_NULL, choices
 from trainkit.errors import UserError, nearest
 from trainkit.strict import MAX_YAML, parse_yaml, read_file
 
@@ -44,7 +44,8 @@ class Overrides:
         match = _OVERRIDE.fullmatch(text)
         if not match or (match["value"] is None and match["sign"] != "~"):
             raise UserError(f"'{text}' is not an override: write key=value, such as optimizer.lr=3e-4 or model=gpt2")
-        return match["sign"], match["key"], match["value"] or ""
+        key = match["key"].replace("/", ".") if match["key"].replace("/", ".") in self._choices else match["key"]
+        return match["sign"], key, match["value"] or ""
 
     def _checked(self, sign: str, key: str, value: str) -> str:
         if sign == "~":
@@ -53,7 +54,7 @@ class Overrides:
             return self._choice(key, value)
         known = list(_keys(self._run))
         if not _accepts(self._run, key.split(".")):
-            words = [*known, *self._choices]
+            words = {*known, *self._choices}
             close = nearest(key, words)
             shown = close if close.startswith("; did") else "; `trainkit config` shows every key"
             raise UserError(f"'{key}' is not a key of a run{shown}")
@@ -66,12 +67,15 @@ class Overrides:
         several = group in ANY_OF_SEVERAL
         names = [n.strip() for n in re.split(r"[+,]", inner)] if several else [value]
         for name in names:
-            if name not in self._choices[group] and not (name == "null" and group == "experiment"):
+            if name not in self._choices[group] and not (name == "null" and group in MAY_BE_NULL):
                 raise UserError(f"{group} has no choice '{name}'{nearest(name, self._choices[group])}")
         if several:
             self._refuse_clash(group, names)
         # in one order however they are typed: what is said of the same key twice is the same then
-        return f"{group}=[{','.join(sorted(names))}]" if several else f"{group}={value}"
+        in_hydra = group.replace(".", "/")
+        if value == "null":
+            return f"~{in_hydra}"
+        return f"{in_hydra}=[{','.join(sorted(names))}]" if several else f"{in_hydra}={value}"
 
     def _refuse_clash(self, group: str, names: list[str]) -> None:
         """Raise UserError where two choices that are joined say different things of one key: the last would win."""

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from trainkit import atomic
-from trainkit.checkpoint import Checkpoint
+from trainkit.checkpoint import Checkpoint, Keeping
 from trainkit.choices import CONF
 from trainkit.config import Count, Natural, NonNegative, config, how
 from trainkit.data import Data
@@ -30,7 +30,7 @@ from trainkit.models import Model
 from trainkit.optimizers import Optimizer
 from trainkit.overrides import Overrides, explain, typed_wrongly
 from trainkit.parallel import Parallel
-from trainkit.precision import Precision
+from trainkit.precision import MULTIPLE, Precision
 from trainkit.profile import Profile
 from trainkit.schedules import Schedule
 from trainkit.strict import MAX_YAML, one_line, parse_yaml, read_file, reason, write_yaml
@@ -50,6 +50,8 @@ class Run:
     steps: Count
     seed: Natural
     clip: NonNegative
+    start_from: str | None = how(None)
+    start: str | None = None  # what `start_from` was when the run began: RUN/step-N@HASH, which no one has to give
     task: Annotated[Task, Field(discriminator="kind")]
     model: Annotated[Model, Field(discriminator="kind")]
     data: Annotated[Data, Field(discriminator="kind")]
@@ -85,7 +87,16 @@ class Run:
             raise ValueError(f"deterministic=elastic sums {MOST_ROWS} rows at most: lower data.batch={self.data.batch}")
         if self.data.length > self.model.context:
             raise ValueError(f"data.length={self.data.length} is longer than model.context={self.model.context}")
-
+        if self.precision.float8 is not None and self.model.width % MULTIPLE:
+            raise ValueError(f"precision.float8 multiplies matrices with sides of {MULTIPLE}n: change model.width")
+        if self.model.adapter is not None and self.precision.float8 is not None:
+            raise ValueError("precision.float8 trains a model's own matrices: use precision=bf16 with model.adapter")
+        if self.model.adapter is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                "optimizer=muon is for whole matrices, not for the factors of model.adapter: use adamw or sgd"
+            )
+        if self.model.adapter is not None and self.start_from is None:
+            raise ValueError("model.adapter learns beside a trained model: name its checkpoint, start_from=CHECKPOINT")
         if self.evaluation.metric not in self.task.metrics:
             known = nearest(self.evaluation.metric, self.task.metrics)
             raise ValueError(f"evaluation.metric={self.evaluation.metric} is not measured by {self.task.kind}{known}")
@@ -208,6 +219,13 @@ def refuse_another(folder: Path, run: Run) -> None:
         )
 
 
+def policy(folder: Path) -> Keeping:
+    """What a run's own config says about its tiers."""
+    run = read(folder)
+    higher = run.evaluation.higher_is_better if run else False
+    return (run.checkpoint if run else Checkpoint()).keeping(higher_is_better=higher)
+
+
 def _composed(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
     search = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
     try:
@@ -220,7 +238,8 @@ def _composed(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
         raise UserError(_first_line(error.__cause__ or error)) from error
     assert isinstance(tree, dict)
     if tree.get("name") is None:
-        tree["name"] = choices.get("experiment") or f"{choices['model']}-{choices['data']}"
+        adapter = f"-{choices['model/adapter']}" if choices.get("model/adapter") else ""
+        tree["name"] = choices.get("experiment") or f"{choices['model']}-{choices['data']}{adapter}"
     return tree  # type: ignore[return-value]  # keys are strings
 
 

@@ -46,6 +46,17 @@ class Memory:
         """Raise ValueError, in one sentence, where a strategy cannot do with the rest of a run."""
         if self.grad_dtype:
             gradients.check(self.grad_dtype, **run)
+        own: dict[str, Any] = {
+            "states": self.states,
+            "offload_optimizer": self.offload_optimizer,
+            "grad_dtype": self.grad_dtype,
+        }
+        own["step_in_backward"] = self.step_in_backward
+        for name in [name for name, value in own.items() if value and run["precision"].rounding]:
+            raise ValueError(
+                f"precision.rounding={run['precision'].rounding} has a step of its own, in float32: memory.{name} must go, "
+                f"or use precision=bf16"
+            )
         for strategy in (self.checkpoint, self.stream, self.states, self.step_in_backward):
             if strategy:
                 strategy.check(memory=self, **run)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.config import Count, Fraction, Positive, config
+from trainkit.models.adapters import Adapter
 from trainkit.models.attention import Attention, AttentionMixer, Cache, attention_mask
 from trainkit.models.layers import Embedding, Linear
 from trainkit.models.mlp import MLP, MLPBlock
@@ -36,6 +37,7 @@ class Decoder:
     bias: bool = False
     dropout: Fraction = 0.0
     init_std: Positive = 0.02
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         _, _, k = self.attention.shape(self.width)
@@ -43,13 +45,13 @@ class Decoder:
             raise ValueError(f"rope turns pairs, so a head's width cannot be odd ({k}): change model.attention.heads")
 
     def build(self) -> nn.Module:
-        """The backbone with fresh weights, drawn from torch's global generator."""
+        """The backbone with fresh weights, drawn from torch's global generator; with an adapter, that alone learns."""
         backbone = Backbone(self)
         backbone.init_weights()
-        return backbone
+        return self.adapter.apply(backbone) if self.adapter else backbone
 
     def parameters(self) -> int:
-        """How many numbers it learns, by arithmetic: nothing is built."""
+        """How many numbers it has, an adapter aside, by arithmetic: nothing is built."""
         norm = self.width * (1 + (self.norm == "layernorm" and self.bias))
         block = self.attention.parameters(self.width, self.bias) + self.mlp.parameters(self.width, self.bias) + 2 * norm
         ends = self.vocab * self.width * (1 if self.tied else 2) + norm
@@ -59,13 +61,15 @@ class Decoder:
         """Floating-point operations of forward and backward for one token of a row of `length` tokens.
 
         Two a multiply-add, the backward twice the forward; looking embeddings up costs none, the head counts; of causal
-        attention only the half that is needed counts, and of a sliding window only the window.
+        attention only the half that is needed counts, and of a sliding window only the window. A frozen matrix has no
+        gradient, which is a third less; an adapter's own products are left out.
         """
         heads, groups, k = self.attention.shape(self.width)
         matrices = self.width * k * (2 * heads + 2 * groups) + self.mlp.parameters(self.width, bias=False)
         window = min(self.attention.window or length, length)
         seen = window * (length - (window - 1) / 2) / length  # positions that a query sees, on average
-        return 6 * (self.depth * (matrices + 2 * heads * k * seen) + self.vocab * self.width)
+        products = 6 if self.adapter is None else 4
+        return self.depth * (products * matrices + 12 * heads * k * seen) + products * self.vocab * self.width
 
 
 class Block(nn.Module):

@@ -15,16 +15,30 @@ from trainkit.optimizers.in_backward import InBackward, step
 from trainkit.optimizers.low_bit import Keeping
 from trainkit.optimizers.muon import Muon
 from trainkit.optimizers.offloaded import Offloaded
+from trainkit.optimizers.rounding import Rounding, Wide, rounded
 from trainkit.optimizers.sgd import SGD
 
 Optimizer = AdamW | SGD | Muon
 
-__all__ = ["SGD", "AdamW", "InBackward", "Muon", "Optimizer", "build", "step", "total_norm"]
+__all__ = ["SGD", "AdamW", "InBackward", "Muon", "Optimizer", "begin", "build", "step", "total_norm"]
 
 
-def build(config: Optimizer, model: nn.Module, memory: Any, *, compiled: bool) -> torch.optim.Optimizer:
+def begin(optimizer: torch.optim.Optimizer, key: int) -> None:
+    """Say which step comes, by a number of its own: what its updates draw is a function of that."""
+    if isinstance(optimizer, Wide):
+        optimizer.key = key
+    for part in getattr(optimizer, "parts", ()):
+        begin(part, key)
+
+
+def build(
+    config: Optimizer, model: nn.Module, memory: Any, *, compiled: bool, rounding: Rounding | None = None
+) -> torch.optim.Optimizer:
     """An optimizer of `model` whose states and step are as `memory` says (`states`, `offload_optimizer`,
-    `step_in_backward`). Steps of our own are `compiled` on request, and on a GPU always."""
+    `step_in_backward`), and whose updates of bfloat16 parameters are written by `rounding`. Steps of our own are
+    `compiled` on request, and on a GPU always."""
+    if rounding is not None:
+        return rounded(config.build(model), model, rounding)
     odd = any(p.grad_dtype not in (None, p.dtype) for p in model.parameters())  # torch's kernels take no such gradients
     make = config.build
     if memory.states or odd:
