@@ -43,7 +43,19 @@ FLOORS = [
     {"learner"},
     {"trainer"},
     {"run"},
-    {"build", "checkpoints", "convert", "unpickle", "launch", "use", "show", "doctor", "sampling", "prepare"},
+    {
+        "benchmark",
+        "build",
+        "checkpoints",
+        "convert",
+        "unpickle",
+        "launch",
+        "use",
+        "show",
+        "doctor",
+        "sampling",
+        "prepare",
+    },
     {"cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

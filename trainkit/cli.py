@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trainkit import __version__, versions
+from trainkit.benchmark import command as benchmark
 from trainkit.choices import ANY_OF_SEVERAL, choices
 from trainkit.errors import DONE, FAILED, MISTAKE
 
@@ -166,6 +167,8 @@ def doctor(json_: Json = False, runs: Runs = RUNS) -> None:
 
     show.doctor(runs, as_json=json_)
 
+
+benchmark.register(app, _complete)
 
 looking_after = typer.Typer(
     no_args_is_help=True, help="Look after checkpoints: verify, show, diff, average, prune, copy."

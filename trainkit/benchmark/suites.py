@@ -1,0 +1,40 @@
+"""Experiments by name. A suite's words come first, and a person's words after them."""
+
+from dataclasses import dataclass
+
+from trainkit.benchmark.rounds import Settings
+from trainkit.errors import UserError, nearest
+
+MEMORY = "memory=baseline,checkpoint,8bit,fused_loss,checkpoint+8bit,checkpoint+8bit+fused_loss"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Experiments, each a title and words, and how long each is measured if nothing else is said."""
+
+    experiments: tuple[tuple[str, tuple[str, ...]], ...]
+    settings: Settings
+
+
+_SMALL = (
+    "small model, batch 256",
+    ("model=char-small", "model.vocab=50304", "data.batch=256", "data.length=64", MEMORY),
+)
+_GPT2 = ("GPT-2 124M, batch 32", ("model=gpt2", "data.batch=32", "data.length=256", MEMORY))
+_ONCE = Settings(rounds=1, steps=1, warmup=1)
+SUITES = {
+    "seeds": Suite((_SMALL, _GPT2), _ONCE),
+    "seeds-small": Suite((_SMALL,), _ONCE),
+    "seeds-gpt2": Suite((_GPT2,), _ONCE),
+}
+
+
+def named(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in SUITES:
+        raise UserError(f"there is no suite '{name}'{nearest(name, SUITES)}")
+    return SUITES[name]
