@@ -31,6 +31,7 @@ FLOORS = [
         "watchdog",
         "notify",
         "tracking",
+        "profile",
         "hardware",
         "randomness",
         "signals",
