@@ -35,7 +35,7 @@ def compare(document: dict[str, Any], earlier: Mapping[str, Any]) -> None:
     Speed is worse where the fastest round is slower than the slowest one then was: with one round there is no spread, and
     nothing is said. Memory is worse above 1 %, loss where it differs by more than a ten-thousandth.
     """
-    then = {_key(cell): cell for cell in reversed(earlier["cells"])}
+    then = {_key(cell): cell for cell in earlier["cells"]}
     for cell in document["cells"]:
         if (old := then.pop(_key(cell), None)) is not None:
             cell["against"] = _compared(cell, old)

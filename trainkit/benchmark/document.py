@@ -44,6 +44,8 @@ def _cell(it: Measured, first: Measured, settings: Settings) -> dict[str, Any]:
     opening = it.rounds[0] if rounds else {}
     memory, base_memory = _peak(it), _peak(first)
     loss, base_loss = opening.get("loss"), _loss(first)
+    if it.cell.run is not None and not it.rounds:
+        bad = {"status": "failed", "error": "not run: stopped before its turn"}
     error = it.cell.refusal or (bad or {}).get("error")
     if loss is not None and not math.isfinite(loss):
         error = error or f"the loss is {loss}"

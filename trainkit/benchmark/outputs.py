@@ -28,11 +28,18 @@ class Outputs:
 
     @classmethod
     def of(cls, folder: Path | None, **files: Path | None) -> "Outputs":
-        """These files, and in `folder` those of every kind that are not given: the picture where it can be drawn."""
+        """These files, and in `folder` those of every kind that are not given: the picture where it can be drawn.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
         if folder is not None:
             kinds = [kind for kind in files if kind != "png" or picture.can_draw()]
             files |= {kind: files[kind] or folder / f"benchmark.{kind}" for kind in kinds}
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out {folder} is no folder and cannot be made one: {error.strerror}") from error
         return cls(**files)
 
     def check(self) -> None:

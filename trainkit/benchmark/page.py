@@ -34,6 +34,7 @@ def page(document: Mapping[str, Any]) -> str:
 
 
 def _experiment(title: str, cells: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> Iterator[str]:
+    """A section of the page."""
     if title:
         yield f"<h2>{escape(title)}</h2>"
     if said := words.headline(cells):
@@ -48,6 +49,9 @@ def _experiment(title: str, cells: Sequence[Mapping[str, Any]], document: Mappin
         yield f'<section class="card"><h3>Memory at the peak, by category</h3>{_bars(cells)}</section>'
     yield "</div>"
     yield f'<div class="card scroll">{_table(cells)}</div>'
+    if "against" in document:
+        yield f'<p class="soft">{escape(words.against_what(document))}</p>'
+        yield f'<div class="card scroll">{_against(cells)}</div>'
     if problems := [c for c in cells if c["error"]]:
         yield "<ul>"
         for cell in problems:
@@ -87,6 +91,19 @@ def _table(cells: Sequence[Mapping[str, Any]]) -> str:
         numbers = "".join(f"<td>{escape(figure)}</td>" for figure in figures)
         rows.append(f'<tr><td>{_breakable(cell["name"])}</td>{numbers}<td class="status {status}">{status}</td></tr>')
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _against(cells: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in words.AGAINST)
+    rows = []
+    for cell in cells:
+        figures = words.against(cell) or (*[words.NOTHING] * (len(words.AGAINST) - 1), "new")
+        worse = "worse" if (cell.get("against") or {}).get("worse") else "soft"
+        numbers = "".join(f"<td>{escape(figure)}</td>" for figure in figures[:-1])
+        rows.append(
+            f'<tr><td>{_breakable(cell["name"])}</td>{numbers}<td class="{worse}">{escape(figures[-1])}</td></tr>'
+        )
+    return f"<table><thead><tr><th>now over then</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _facts(document: Mapping[str, Any]) -> str:

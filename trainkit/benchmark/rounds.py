@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainkit.benchmark import process
 from trainkit.benchmark.sweep import Cell, Experiment
 
 Run = Callable[[dict[str, Any], int], dict[str, Any]]
@@ -58,12 +57,12 @@ def measure(
     *,
     config_dir: Path | None = None,
     watch: Watch = lambda number, it, found: None,
-    run: Run = process.run,
+    run: Run,
 ) -> None:
     """Give every cell its rounds. One that did not end well has no more of them.
 
     The memory is followed in the first round alone: it is the same in all. `watch` is told of every turn twice: before it,
-    and with what it found.
+    and with what it found. `run` takes a cell's spec and its number of processes, as `process.run` does.
     """
     for number in range(settings.rounds):
         for it in cells:

@@ -32,7 +32,9 @@ class Cell:
     def memory(self) -> str:
         """The memory strategies by name, joined with `+`."""
         given = [word.partition("=")[2] for word in self.overrides if word.startswith("memory=")]
-        return given[-1].strip("[]").replace(",", "+").replace(" ", "") if given else "baseline"
+        if given:
+            return given[-1].strip("[]").replace(",", "+").replace(" ", "")
+        return re.sub(r" \(\w+\)| ", "", self.run.memory.describe()) if self.run else "baseline"
 
 
 @dataclass(frozen=True)

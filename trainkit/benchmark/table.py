@@ -24,11 +24,15 @@ def show(document: Mapping[str, Any], console: Console) -> None:
         console.print(_figures(cells, console))
         if memory := _memory(cells, console):
             console.print(memory)
+        if "against" in document:
+            console.print(_against(cells, console))
         for cell in cells:
             if cell["error"]:
                 console.print(f"{escape(cell['name'])}: {escape(cell['error'])}", style="dim", soft_wrap=True)
         if said := words.headline(cells):
             console.print(escape(said), soft_wrap=True)
+    if "against" in document:
+        console.print(escape(words.against_what(document)), soft_wrap=True)
     console.print(f"\n{words.measured(document)}", style="dim", soft_wrap=True, highlight=False)
 
 
@@ -56,6 +60,22 @@ def _memory(cells: Sequence[Mapping[str, Any]], console: Console) -> Table | Non
     for cell in cells:
         if sizes := cell["memory_by_category"]:
             table.add_row(escape(cell["name"]), *(human_bytes(sizes.get(name, 0)) for name in names))
+    return table
+
+
+def _against(cells: Sequence[Mapping[str, Any]], console: Console) -> Table:
+    """Now over then."""
+    table = _table(console)
+    table.add_column("now over then")
+    for name in words.AGAINST:
+        table.add_column(name, justify="right" if name else "left")
+    for cell in cells:
+        if (figures := words.against(cell)) is None:
+            table.add_row(escape(cell["name"]), *[words.NOTHING] * (len(words.AGAINST) - 1), "new")
+        else:
+            worse = cell["against"]["worse"]
+            *ratios, verdict = figures
+            table.add_row(escape(cell["name"]), *ratios, f"[red]{verdict}[/red]" if worse else verdict)
     return table
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress import TimeRemainingColumn as Left
 
 from trainkit import build, hardware
-from trainkit.benchmark import against, rounds, suites, table
+from trainkit.benchmark import against, process, rounds, suites, table
 from trainkit.benchmark.document import document
 from trainkit.benchmark.outputs import Outputs
 from trainkit.benchmark.rounds import Measured, Settings
@@ -89,7 +89,7 @@ def benchmark(asked: Asked, outputs: Outputs) -> None:
     measured: list[Measured] = rounds.every(experiments)
     try:
         with _watching(settings, measured) as watch:
-            rounds.measure(measured, settings, config_dir=asked.config_dir, watch=watch)
+            rounds.measure(measured, settings, config_dir=asked.config_dir, watch=watch, run=process.run)
     finally:  # also what was measured until Ctrl-C
         if any(it.rounds for it in measured):
             found = document(measured, settings, command=asked.command())

@@ -9,6 +9,9 @@ NOTHING, SPACE = "–", "\N{NO-BREAK SPACE}"
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")  # in the order of a step
 COLUMNS = ("tokens/s", "speed", "ms/step", "MFU", "peak memory", "change", "loss", "difference", "status")
 
+AGAINST = ("speed", "memory", "loss difference", "")
+WORSE = {"status": "no longer ok", "speed": "slower", "memory": "more memory", "loss": "another loss"}
+
 
 def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     """The figures of `COLUMNS`."""
@@ -23,6 +26,27 @@ def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
         difference(cell["loss_difference"]),
         cell["status"],
     )
+
+
+def against(cell: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The figures of `AGAINST`: now over then, and what is worse by more than the spread. None: there was no such cell."""
+    if (found := cell.get("against")) is None:
+        return None
+    verdict = ", ".join(WORSE[word] for word in found["worse"]) or "no worse"
+    ratios = (_show(found[figure], "{:.2f}×") for figure in ("speed", "memory"))
+    return (*ratios, difference(found["loss_difference"]), verdict)
+
+
+def against_what(document: Mapping[str, Any]) -> str:
+    """Which earlier benchmark this one is compared with, and what makes them hard to compare."""
+    there = document["against"]
+    environment = there["environment"]
+    said = f"Against {there['path']} of {environment.get('time', 'an unknown time')}"
+    if there["elsewhere"]:
+        said += f", on {environment.get('device')} with torch {environment.get('torch')}: not this machine"
+    if missing := len(there["missing"]):
+        said += f"; {missing} of its cells {'is' if missing == 1 else 'are'} not here"
+    return said + "."
 
 
 def percent(change: float | None) -> str:
