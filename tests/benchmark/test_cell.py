@@ -14,6 +14,7 @@ from trainkit import build
 from trainkit import run as runs
 from trainkit.benchmark import cell
 from trainkit.errors import UserError
+from trainkit.tasks.causal_lm import CausalLM
 
 ALL = [*SMALL, "optimizer=adamw", "name=t"]
 
@@ -122,6 +123,21 @@ def test_a_cell_writes_down_how_it_ended(tmp_path: Path, monkeypatch: pytest.Mon
         cell.main(tmp_path)
     assert left.value.code == 1
     assert json.loads((tmp_path / "rank-0003.json").read_text())["status"] == "oom"
+
+
+def test_a_batch_that_does_not_fit_is_not_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be another cell: what was asked for runs out of memory, and that is the result."""
+
+    def small_room(self: CausalLM, *args: Any, microbatch: int, **more: Any) -> Any:
+        if microbatch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward(self, *args, microbatch=microbatch, **more)
+
+    backward = CausalLM.backward
+    monkeypatch.setattr(CausalLM, "backward", small_room)
+    with pytest.raises((torch.OutOfMemoryError, MemoryError)):
+        measure("data.batch=4")
+    assert measure("data.batch=4", "memory.microbatch=2")["steps"] == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")

@@ -72,8 +72,11 @@ def test_without_a_sweep_there_is_one_cell() -> None:
 def test_strategies_have_the_name_that_was_given_or_that_they_have() -> None:
     words = ["memory=[checkpoint,offload_activations],checkpoint+offload_activations"]
     assert {cell.memory for cell in experiment(words).cells} == {"checkpoint+offload_activations"}
-    (cell,) = experiment(["memory.checkpoint.every=2"]).cells
+    (cell,) = experiment(["memory=baseline+checkpoint"]).cells
     assert cell.memory == "checkpoint"
+    (cell,) = experiment(["memory.checkpoint.every=2"]).cells
+    assert cell.run is not None
+    assert cell.memory == cell.run.memory.describe()
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,7 @@ def test_the_seeds_suite_has_both_experiments() -> None:
     found = [experiment(list(words), title=title, lenient=True) for title, words in suite.experiments]
     strategies = ["baseline", "checkpoint", "8bit", "fused_loss", "checkpoint+8bit", "checkpoint+8bit+fused_loss"]
     assert [[cell.memory for cell in it.cells] for it in found] == [strategies, strategies]
+    assert [cell.name for cell in found[0].cells] == strategies
     small, gpt2 = (it.cells[0].run for it in found)
     assert small is not None
     assert gpt2 is not None

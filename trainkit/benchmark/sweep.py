@@ -30,11 +30,11 @@ class Cell:
 
     @property
     def memory(self) -> str:
-        """The memory strategies by name, joined with `+`."""
+        """The memory strategies by name, joined with `+`; where none are named, as the run describes them."""
         given = [word.partition("=")[2] for word in self.overrides if word.startswith("memory=")]
         if given:
-            return given[-1].strip("[]").replace(",", "+").replace(" ", "")
-        return re.sub(r" \(\w+\)| ", "", self.run.memory.describe()) if self.run else "baseline"
+            return _strategies(given[-1])
+        return self.run.memory.describe() if self.run else "baseline"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,15 @@ def _composed(words: list[str], swept: list[str], config_dir: Path | None, lenie
         return Cell(tuple(words), tuple(swept), refusal=str(error))
 
 
+def _strategies(value: str) -> str:
+    """`[baseline,checkpoint,8bit]` -> `checkpoint+8bit`: the baseline is what others are added to."""
+    names = value.strip("[]").replace(",", "+").replace(" ", "")
+    return names.removeprefix("baseline+")
+
+
 def _short(word: str) -> str:
     """`memory=checkpoint` -> `checkpoint`; `data.batch=8` -> `batch=8`: a group's choice says which group it is of."""
     key, _, value = word.lstrip("+").partition("=")
+    if key == "memory":
+        return _strategies(value)
     return f"{key.rpartition('.')[2]}={value}" if "." in key or value.replace(".", "").isdigit() else value
