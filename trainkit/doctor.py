@@ -25,6 +25,7 @@ EXTRAS = {
     "datasets": "Hugging Face data sets: pip install 'trainkit[hf]'",
     "pyarrow": "Parquet: pip install 'trainkit[data]'",
     "zstandard": ".zst files: pip install 'trainkit[data]'",
+    "matplotlib": "pictures of `trainkit benchmark`: pip install 'trainkit[plot]'",
     "wandb": "pip install 'trainkit[wandb]'",
     "mlflow-skinny": "pip install 'trainkit[mlflow]'",
 }

@@ -43,8 +43,8 @@ def _experiment(title: str, cells: Sequence[Mapping[str, Any]], document: Mappin
     if wide := scatter(cells, 520, 380):
         yield '<section class="card"><h3>Throughput against memory</h3>'
         yield f'<div class="wide">{wide}</div><div class="narrow">{scatter(cells, 340, 330)}</div>'
-        yield '<p class="soft" style="margin:.5rem 0 0;font-size:.85rem">Up and to the left is better. The line joins the '
-        yield "cells that no other beats in both; the hollow one is what the others are compared with.</p></section>"
+        yield '<p class="soft" style="margin:.5rem 0 0;font-size:.85rem">Up and to the left is better. A dashed line joins '
+        yield "what nothing else beats in both; the hollow cell is what the others are compared with.</p></section>"
     if any(c["memory_by_category"] for c in cells):
         yield f'<section class="card"><h3>Memory at the peak, by category</h3>{_bars(cells)}</section>'
     yield "</div>"

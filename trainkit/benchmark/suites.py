@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from trainkit.benchmark.rounds import Settings
 from trainkit.errors import UserError, nearest
 
-# What seeds this project measured, a small model at batch 256 and a GPT-2 at batch 32, each strategy and the ones that
-# they joined. Every cell stands on `baseline`, which has none, so that a strategy is counted where it is named and nowhere
-# else. Their lengths are not known: these ones let the largest cell fit into 16 GiB, so that it is no cell that runs out.
-MEMORY = ("checkpoint", "8bit", "fused_loss", "checkpoint+8bit", "checkpoint+8bit+fused_loss")
-_SWEEP = "memory=" + ",".join(["baseline", *(f"baseline+{names}" for names in MEMORY)])
+# The experiments of the two systems that trainkit set out from, its seeds: a small model at batch 256 and a GPT-2 at batch
+# 32, each strategy and those that they joined. `baseline` has none, and what is added to it nothing else, so that a strategy
+# is counted where it is named and nowhere else. The seeds' lengths are not known; these let the largest cell fit in 16 GiB.
+_SWEEP = (
+    "memory=baseline,baseline+checkpoint,baseline+8bit,fused_loss,baseline+checkpoint+8bit,checkpoint+8bit+fused_loss"
+)
 
 
 @dataclass(frozen=True)

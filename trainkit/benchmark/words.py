@@ -98,9 +98,14 @@ def measured(document: Mapping[str, Any]) -> str:
     turns = f"{rounds} rounds in which the cells take turns" if rounds > 1 else "one round"
     spread = "; figures are medians over the rounds, ± half of what lies between the extremes" if rounds > 1 else ""
     return (
-        f"{turns}, every cell in a fresh process: {warmup} steps of warm-up, {steps} timed{spread}. Peak memory is that "
-        f"of a step of its own after them, in allocated bytes; the loss is that after {warmup + steps} identical updates."
+        f"{turns}, every cell in a fresh process: {_steps(warmup)} of warm-up, {_steps(steps)} timed{spread}. Peak memory "
+        f"is that of a step of its own after them, in allocated bytes; the loss is that after {warmup + steps} identical "
+        f"updates."
     )
+
+
+def _steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{number} steps"
 
 
 def _spread(cell: Mapping[str, Any]) -> str:
