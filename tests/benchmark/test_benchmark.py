@@ -127,6 +127,10 @@ def test_a_suite_brings_its_own_words(turns: Turns, capsys: pytest.CaptureFixtur
     assert statuses.count("ok") == len(turns) >= 4
     assert all(cell["status"] in ("ok", "refused") for cell in made["cells"])
     assert "GPT-2 124M, batch 32" in capsys.readouterr().out
+    assert left_with(*words, "memory=baseline,checkpoint", "--suite", "seeds-small", "--json", "made.json") == 0
+    found = json.loads(Path("made.json").read_text())["cells"]
+    assert [cell["memory"] for cell in found] == ["baseline", "checkpoint"]
+    assert all(cell["overrides"].count("data.batch=256") == 1 for cell in found)
 
 
 def test_what_was_measured_until_ctrl_c_is_kept(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:

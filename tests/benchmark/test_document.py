@@ -92,6 +92,10 @@ def test_figures_as_people_read_them() -> None:
         "checkpoint takes 60.0\N{NO-BREAK SPACE}% less memory than baseline"
     )
     assert words.headline([first, third]) == ""
+    said = words.measured(made_up([found()]))
+    assert said.startswith("one round, every cell in a fresh process: 1 step of warm-up, 4 steps timed. Peak memory is")
+    assert "after 5 identical updates." in said
+    assert words.measured(usual()).startswith("2 rounds in which the cells take turns")
 
 
 def earlier(path: Path, made: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Experiments by name. A suite's words come first, and a person's words after them."""
+"""Experiments by name. What a person says of a key stands for what the suite says of it."""
 
 from dataclasses import dataclass
 

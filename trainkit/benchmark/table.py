@@ -28,12 +28,18 @@ def show(document: Mapping[str, Any], console: Console) -> None:
             console.print(_against(cells, console))
         for cell in cells:
             if cell["error"]:
-                console.print(f"{escape(cell['name'])}: {escape(cell['error'])}", style="dim", soft_wrap=True)
+                _say(console, f"{cell['name']}: {cell['error']}", "dim")
         if said := words.headline(cells):
-            console.print(escape(said), soft_wrap=True)
+            _say(console, said)
     if "against" in document:
-        console.print(escape(words.against_what(document)), soft_wrap=True)
-    console.print(f"\n{words.measured(document)}", style="dim", soft_wrap=True, highlight=False)
+        _say(console, words.against_what(document))
+    console.print()
+    _say(console, words.measured(document), "dim")
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """A sentence: wrapped at words where a person reads it, in one line where it is a script."""
+    console.print(escape(text), style=style, soft_wrap=not console.is_terminal, highlight=False)
 
 
 def _figures(cells: Sequence[Mapping[str, Any]], console: Console) -> Table:

@@ -54,8 +54,15 @@ class Asked:
         more = [*self.words, *([f"seed={self.seed}"] if self.seed is not None else [])]
         if self.suite is None:
             return [experiment(more, zipped=self.zipped, config_dir=self.config_dir)]
+        own = {word.partition("=")[0] for word in more}  # a person's word stands for the suite's
         return [
-            experiment([*given, *more], title=title, zipped=self.zipped, config_dir=self.config_dir, lenient=True)
+            experiment(
+                [*(word for word in given if word.partition("=")[0] not in own), *more],
+                title=title,
+                zipped=self.zipped,
+                config_dir=self.config_dir,
+                lenient=True,
+            )
             for title, given in suites.named(self.suite).experiments
         ]
 

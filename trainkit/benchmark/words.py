@@ -97,15 +97,15 @@ def measured(document: Mapping[str, Any]) -> str:
     rounds, steps, warmup = settings["rounds"], settings["steps"], settings["warmup"]
     turns = f"{rounds} rounds in which the cells take turns" if rounds > 1 else "one round"
     spread = "; figures are medians over the rounds, ± half of what lies between the extremes" if rounds > 1 else ""
+    timed = f"{_many(warmup, 'step')} of warm-up, {_many(steps, 'step')} timed"
     return (
-        f"{turns}, every cell in a fresh process: {_steps(warmup)} of warm-up, {_steps(steps)} timed{spread}. Peak memory "
-        f"is that of a step of its own after them, in allocated bytes; the loss is that after {warmup + steps} identical "
-        f"updates."
+        f"{turns}, every cell in a fresh process: {timed}{spread}. Peak memory is that of a step of its own after them, in "
+        f"allocated bytes; the loss is that after {_many(warmup + steps, 'identical update')}."
     )
 
 
-def _steps(number: int) -> str:
-    return "1 step" if number == 1 else f"{number} steps"
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _spread(cell: Mapping[str, Any]) -> str:
