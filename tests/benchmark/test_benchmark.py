@@ -147,6 +147,20 @@ def test_what_was_measured_until_ctrl_c_is_kept(turns: Turns, monkeypatch: pytes
     assert [len(cell["rounds"]) for cell in made["cells"]] == [2, 1]
 
 
+@pytest.mark.parametrize(("status", "code"), [("failed", 1), ("oom", 0), ("refused", 0)])
+@pytest.mark.usefixtures("turns")
+def test_a_failure_is_told_by_the_exit_code(status: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = process.run
+
+    def run(spec: dict[str, Any], ranks: int) -> dict[str, Any]:
+        bad = spec["overrides"][0] == "memory=checkpoint"
+        return {"status": status, "error": "a shame"} if bad else whole(spec, ranks)
+
+    monkeypatch.setattr(process, "run", run)
+    assert left_with("memory=baseline,checkpoint", *SMALL, "--rounds", "1", "--json", "made.json") == code
+    assert [cell["status"] for cell in json.loads(Path("made.json").read_text())["cells"]] == ["ok", status]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

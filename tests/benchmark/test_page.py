@@ -92,13 +92,13 @@ def test_bars_are_as_long_as_the_memory_they_stand_for() -> None:
 
 
 def test_points_lie_where_their_figures_are() -> None:
-    made = made_up([found(4.0, 80 * MIB)], [found(8.0, 40 * MIB)])["cells"]
+    made = made_up([found(4.0, 60 * MIB)], [found(8.0, 30 * MIB)])["cells"]  # 1000 and 500 tokens a second
     svg = ElementTree.fromstring(scatter(made, 500, 400))
     (x1, y1), (x2, y2) = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in svg.findall("circle")]
-    left = min(float(line.get("x1", 0)) for line in svg.findall("line[@class='grid']"))
-    bottom = max(float(line.get("y1", 0)) for line in svg.findall("line[@class='grid']"))
-    assert x1 - left == pytest.approx(2 * (x2 - left), abs=0.3)
-    assert bottom - y1 == pytest.approx(2 * (bottom - y2), abs=0.3)
+    ticks = {t.text: (float(t.get("x", 0)), float(t.get("y", 0)) - 4) for t in svg.findall("text[@class='tick']")}
+    assert (y1, y2) == pytest.approx((ticks["1,000"][1], ticks["500"][1]), abs=0.1)
+    assert x1 == pytest.approx(ticks["60"][0], abs=0.1)
+    assert x2 == pytest.approx((ticks["20"][0] + ticks["40"][0]) / 2, abs=0.1)
     assert "first" in str(svg.findall("circle")[0].get("class"))
     assert scatter([], 500, 400) == ""
 

@@ -51,4 +51,5 @@ def register(app: typer.Typer, complete: Complete) -> None:
         from trainkit.benchmark.outputs import Outputs
 
         asked = verb.Asked(overrides or [], suite, rounds, steps, warmup, seed, zipped, nproc, against, config_dir)
-        verb.benchmark(asked, Outputs.of(out, json=json, csv=csv, png=png, html=html))
+        if code := verb.benchmark(asked, Outputs.of(out, json=json, csv=csv, png=png, html=html)):
+            raise typer.Exit(code)

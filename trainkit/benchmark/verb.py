@@ -19,7 +19,7 @@ from trainkit.benchmark.document import document
 from trainkit.benchmark.outputs import Outputs
 from trainkit.benchmark.rounds import Measured, Settings
 from trainkit.benchmark.sweep import Cell, Experiment, experiment
-from trainkit.errors import UserError
+from trainkit.errors import DONE, FAILED, UserError
 from trainkit.progress import bytes_bar
 from trainkit.units import human_bytes
 
@@ -81,8 +81,9 @@ class Asked:
         return shlex.join(["trainkit", "benchmark", *self.words, *options])
 
 
-def benchmark(asked: Asked, outputs: Outputs) -> None:
-    """Measure, print a table, and write the files.
+def benchmark(asked: Asked, outputs: Outputs) -> int:
+    """Measure, print a table, and write the files. The exit code: 1 where a cell failed; running out of memory and being
+    refused are results.
 
     Raises:
         UserError: something that was typed cannot be: found before anything is measured.
@@ -105,6 +106,7 @@ def benchmark(asked: Asked, outputs: Outputs) -> None:
             table.show(found, Console(highlight=False))
             for path in outputs.write(found):
                 print(f"wrote {path}", file=sys.stderr)
+    return FAILED if any(found["status"] == "failed" for it in measured for found in it.rounds) else DONE
 
 
 def _check(cells: Sequence[Cell], settings: Settings) -> None:
