@@ -96,6 +96,7 @@ def test_points_lie_where_their_figures_are() -> None:
     svg = ElementTree.fromstring(scatter(made, 500, 400))
     (x1, y1), (x2, y2) = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in svg.findall("circle")]
     ticks = {t.text: (float(t.get("x", 0)), float(t.get("y", 0)) - 4) for t in svg.findall("text[@class='tick']")}
+    assert all(0 <= x <= 500 and 0 <= y <= 400 for x, y in ticks.values())
     assert (y1, y2) == pytest.approx((ticks["1,000"][1], ticks["500"][1]), abs=0.1)
     assert x1 == pytest.approx(ticks["60"][0], abs=0.1)
     assert x2 == pytest.approx((ticks["20"][0] + ticks["40"][0]) / 2, abs=0.1)
