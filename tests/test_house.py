@@ -46,6 +46,7 @@ FLOORS = [
     {"trainer"},
     {"run"},
     {
+        "benchmark",
         "build",
         "checkpoints",
         "convert",

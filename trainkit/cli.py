@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from trainkit import __version__, versions
+from trainkit.benchmark import command as benchmark
 from trainkit.choices import choices
 from trainkit.cli_checkpoint import looking_after
-from trainkit.cli_options import RUNS, ConfigDir, Json, Quantize, Runs, Words, leave
+from trainkit.cli_options import RUNS, ConfigDir, Json, Quantize, Runs, Words, complete, leave
 from trainkit.errors import DONE, FAILED, MISTAKE
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 
 
 app.add_typer(looking_after, name="checkpoint")
+benchmark.register(app, complete)
 
 
 def _say_version(asked: bool) -> None:

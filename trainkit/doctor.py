@@ -25,7 +25,7 @@ EXTRAS = {
     "datasets": "Hugging Face data sets: pip install 'trainkit[hf]'",
     "pyarrow": "Parquet: pip install 'trainkit[data]'",
     "zstandard": ".zst files: pip install 'trainkit[data]'",
-    "matplotlib": "pictures of profiles: pip install 'trainkit[plot]'",
+    "matplotlib": "pictures of profiles and of `trainkit benchmark`: pip install 'trainkit[plot]'",
     "wandb": "pip install 'trainkit[wandb]'",
     "mlflow-skinny": "pip install 'trainkit[mlflow]'",
 }

@@ -12,6 +12,10 @@ class UserError(ValueError):
     exit_code = MISTAKE
 
 
+class RefusedError(UserError):
+    """Each word is right, and a rule of the house refuses them together. Exit code 2, or a cell of a sweep left out."""
+
+
 class DamagedError(RuntimeError):
     """Checkpoints exist and none of them is good: never a silent start from zero. Exit code 74."""
 

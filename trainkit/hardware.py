@@ -29,6 +29,11 @@ def choose(device: str) -> torch.device:
     return torch.device(device)
 
 
+def count(device: torch.device) -> int:
+    """How many such devices there are here."""
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
 def name(device: torch.device) -> str:
     """What the device is called, for a person."""
     if device.type == "cuda":

@@ -21,7 +21,7 @@ from trainkit.checkpoint import Checkpoint, Keeping
 from trainkit.choices import CONF
 from trainkit.config import Count, Natural, NonNegative, config, how
 from trainkit.data import Data
-from trainkit.errors import UserError, nearest
+from trainkit.errors import RefusedError, UserError, nearest
 from trainkit.evaluation import Evaluation
 from trainkit.exact import MOST_ROWS
 from trainkit.guard import Guard
@@ -247,7 +247,9 @@ def _typed(tree: dict[str, Any]) -> Run:
     try:
         run = TypeAdapter(Run).validate_python(tree)
     except ValidationError as error:
-        raise UserError(one_line("; ".join(explain(Run, e) for e in error.errors()[:3]))) from error
+        found = error.errors()
+        kind = RefusedError if all(e["type"] == "value_error" for e in found) else UserError
+        raise kind(one_line("; ".join(explain(Run, e) for e in found[:3]))) from error
     if wrong := typed_wrongly(tree, run):
         raise UserError(wrong)
     return run
