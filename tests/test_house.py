@@ -43,7 +43,7 @@ FLOORS = [
     {"learner"},
     {"trainer"},
     {"run"},
-    {"build", "checkpoints", "convert", "unpickle", "launch", "use", "show", "doctor", "sampling", "prepare"},
+    {"build", "checkpoints", "convert", "unpickle", "launch", "use", "show", "doctor", "sampling", "prepare", "plan"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

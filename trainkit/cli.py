@@ -10,6 +10,7 @@ import typer
 from trainkit import __version__, versions
 from trainkit.choices import ANY_OF_SEVERAL, choices
 from trainkit.errors import DONE, FAILED, MISTAKE
+from trainkit.plan import command as plan_verb
 
 app = typer.Typer(
     name="trainkit",
@@ -166,6 +167,8 @@ def doctor(json_: Json = False, runs: Runs = RUNS) -> None:
 
     show.doctor(runs, as_json=json_)
 
+
+plan_verb.add_to(app, Words, ConfigDir)
 
 looking_after = typer.Typer(
     no_args_is_help=True, help="Look after checkpoints: verify, show, diff, average, prune, copy."

@@ -131,8 +131,8 @@ def _others(device: Device, size: int) -> Iterator[None]:
     try:
         mesh = init_device_mesh("cpu", (size,))
         with (
-            mock.patch.object(fsdp, "init_device_mesh", lambda kind, shape: mesh),
-            mock.patch.object(_fully_shard, "_get_device_from_mesh", lambda mesh: device.torch),
+            mock.patch.object(fsdp, "init_device_mesh", return_value=mesh),
+            mock.patch.object(_fully_shard, "_get_device_from_mesh", return_value=device.torch),
         ):
             yield
     finally:

@@ -29,14 +29,15 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
         depth: of the model, instead of its own.
 
     Returns:
-        `("peak", phase, part, category)`, also with the category `total`, `("host",)`, `("saved",)` in bytes;
-        `("seconds", phase)`, `("flops",)`, `("moved",)` and `("sent",)` of a step; `("parameters",)`.
+        `("peak", phase, part, category)`, also with the category `total`, `("host",)`, `("saved",)` and, between
+        steps, `("resident",)` in bytes; `("seconds", phase)`, and so `flops`, `moved` and `sent` bytes of a step;
+        `("parameters",)`.
     """
     if depth is not None:
         run = replace(run, model=replace(run.model, depth=depth))
     ranks = Ranks(device=device.torch, size=device.ranks, kind=run.parallel.kind)
     rows = run.data.batch // device.ranks
-    micro = min(run.memory.microbatch or rows, rows)
+    micro = microbatch(run, rows)
     with pretend.pretending(device, ranks), Live(device) as live:
         with live.unseen():
             batches = pretend.Batches(run, device.torch, {1, min(rows, 2 * micro), rows}, documents=documents)
@@ -49,6 +50,7 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
         batches.rows = min(rows, 2 * micro)
         it.train_step()
         numbers = _of_work(live.done, seconds, parts=-(-rows // micro))
+        numbers |= {("resident",): sum(live.held.values())}
         batches.rows = rows
         with live.during("evaluation"):
             run.task.evaluate(it.model, [batches.at(0)], ranks=ranks, stop=lambda: False)
@@ -60,6 +62,12 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
         described = {name: {"shape": list(t.shape), "dtype": dtype_name(t.dtype)} for name, t in held.items()}
     numbers |= _of_memory(live) | {("host",): max(live.host_peaks.values())}
     return numbers | _of_resuming(run, device, ranks, batches, described)
+
+
+def microbatch(run: Run, rows: int) -> int:
+    """How many of a rank's rows go through the model at once; where the run has yet to find out, all of them."""
+    said = run.memory.microbatch
+    return min(said, rows) if isinstance(said, int) else rows
 
 
 def _of_memory(live: Live) -> Numbers:
