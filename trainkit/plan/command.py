@@ -73,7 +73,7 @@ def planned(
     from trainkit import run as runs
     from trainkit.plan import cards as known
     from trainkit.plan import report
-    from trainkit.plan.planned import Setting, check, plan
+    from trainkit.plan.planned import Setting, check, plan, with_microbatch
     from trainkit.plan.search import Search, largest_microbatch
 
     run = runs.composed(overrides, config_dir)
@@ -87,8 +87,7 @@ def planned(
         fits = made.fits
 
         def at(size: int) -> Any:
-            words = [*overrides, f"memory.microbatch={size}"]
-            return made if size == made.microbatch else plan(runs.composed(words, config_dir), setting)
+            return made if size == made.microbatch else plan(with_microbatch(run, size), setting)
 
         most = made if fits and made.microbatch == rows else largest_microbatch(at, rows)
         report.show(made, run.memory.describe(), most.microbatch if most else None)

@@ -170,7 +170,7 @@ class Live(TorchDispatchMode):
         optimizer.register_step_pre_hook(name_gradients)
         optimizer.register_step_post_hook(name_state)
         model.register_forward_pre_hook(count)
-        blocks = model.backbone.blocks
+        blocks: Any = model.backbone.blocks  # type: ignore[union-attr]  # a task's model has them
         for number, block in enumerate(blocks):
             part = "first" if number == 0 else "last" if number == len(blocks) - 1 else "inner"
             block.register_forward_pre_hook(self._entering(part, number))
@@ -258,7 +258,8 @@ def plain(tensor: Tensor) -> Iterator[Tensor]:
 
 def _references(tensor: Tensor) -> tuple[int, int]:
     """How many hold the tensor and its storage, as torch counts."""
-    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    uses: int = tensor._use_count()  # type: ignore[attr-defined]  # it has it
+    return uses, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from trainkit import run as runs
 from trainkit.choices import choices
 from trainkit.errors import UserError
-from trainkit.plan.planned import Plan, Setting, plan
+from trainkit.plan.planned import Plan, Setting, plan, with_microbatch
 from trainkit.run import Run
 
 GRADES = ("exact", "reordered", "approximate", "changes what is learned")
@@ -97,20 +97,18 @@ class Search:
         words = self._words(names, parallel, precision)
         try:
             run = runs.composed(words, self._config_dir)
-            at = lambda rows: plan(self._rows(words, rows), self._setting)  # noqa: E731
-            one = at(1)
+            one = plan(with_microbatch(run, 1), self._setting)
         except UserError:
             return None
         if precision is None:
             self._needed[names] = min(one.needed, self._needed.get(names, one.needed))
         mine = run.data.batch // self._setting.ranks
-        best = (largest_microbatch(at, mine) or one) if one.fits else one
+        best = one
+        if one.fits:
+            best = largest_microbatch(lambda rows: plan(with_microbatch(run, rows), self._setting), mine) or one
         grade = grade_of(run) if precision is None else GRADES[-1]
         micro = [f"memory.microbatch={best.microbatch}"] if best.microbatch < mine else []
         return Found((*words, *micro), grade, best)
-
-    def _rows(self, words: list[str], rows: int) -> Run:
-        return runs.composed([*words, f"memory.microbatch={rows}"], self._config_dir)
 
     def _words(self, names: tuple[str, ...], parallel: str | None, precision: str | None) -> list[str]:
         """A person's overrides, with these strategies instead of theirs."""
