@@ -58,6 +58,7 @@ FLOORS = [
         "sampling",
         "prepare",
         "merge",
+        "plan",
         "start",
     },
     {"cli", "cli_checkpoint", "cli_options", "__main__"},

@@ -13,6 +13,7 @@ from trainkit.choices import choices
 from trainkit.cli_checkpoint import looking_after
 from trainkit.cli_options import RUNS, ConfigDir, Json, Quantize, Runs, Words, complete, leave
 from trainkit.errors import DONE, FAILED, MISTAKE
+from trainkit.plan import command as plan_verb
 
 app = typer.Typer(
     name="trainkit",
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.add_typer(looking_after, name="checkpoint")
 benchmark.register(app, complete)
+plan_verb.add_to(app, Words, ConfigDir)
 
 
 def _say_version(asked: bool) -> None:

@@ -1,0 +1,201 @@
+"""The verb `plan`: cards, the largest microbatch, what would fit, and what is written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from trainkit import cli
+from trainkit import run as runs
+from trainkit.choices import choices
+from trainkit.errors import UserError
+from trainkit.plan import cards, report, search
+from trainkit.plan.command import cards as named
+from trainkit.plan.planned import Plan, Setting
+from trainkit.run import Run
+
+H100 = cards.CARDS["h100"]
+QUICK = ["model.width=32", "model.depth=2", "model.attention.heads=2", "data.length=32", "data.batch=4"]
+
+
+def made(setting: Setting, needed: int, step_s: float, microbatch: int) -> Plan:
+    return Plan(
+        setting=setting,
+        parameters=10,
+        flops_per_token=60.0,
+        peaks={"training": needed},
+        by_category={"parameters": needed},
+        needed=needed,
+        host_bytes=0,
+        sent_bytes=0,
+        moved_bytes=0,
+        checkpoint_bytes=30,
+        microbatch=microbatch,
+        steps=100,
+        tokens_per_step=1000,
+        step_s=step_s,
+        depths=(3, 4, 5),
+    )
+
+
+def arithmetic(run: Run, setting: Setting) -> Plan:
+    """A plan without a trace: 8 GB a row; checkpointing saves 6 of them, offloading 5, and both take time."""
+    rows = run.data.batch // setting.ranks
+    rows = min(run.memory.microbatch or rows, rows)
+    each, seconds = 8.0, 1.0 + 1.0 / rows
+    if run.memory.checkpoint:
+        each, seconds = each - 6, seconds * 1.3
+    if run.memory.offload_activations:
+        each, seconds = each - 1.5, seconds * 3
+    if run.precision.compute:
+        each, seconds = each * 0.9, seconds / 2
+    return made(setting, int(each * rows * 1e9), seconds, rows)
+
+
+def found(monkeypatch: pytest.MonkeyPatch, memory_gb: float, *overrides: str, ranks: int = 1) -> list[search.Found]:
+    monkeypatch.setattr(search, "plan", arithmetic)
+    setting = Setting(replace(H100, memory=memory_gb), ranks)
+    return search.Search(list(overrides), None, setting, 1e6, lambda text: None).best()
+
+
+def test_what_fits_comes_exact_first_and_fast_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = found(monkeypatch, 10, "data.batch=8")
+    assert [w.plan.fits for w in ways] == sorted((w.plan.fits for w in ways), reverse=True)
+    fit = [w for w in ways if w.plan.fits]
+    assert [search.GRADES.index(w.grade) for w in fit] == sorted(search.GRADES.index(w.grade) for w in fit)
+    exact = [w for w in fit if w.grade == "exact"]
+    assert [w.plan.step_s for w in exact] == sorted(w.plan.step_s for w in exact)
+    assert exact[0].overrides == ("data.batch=8", "memory=checkpoint", "memory.microbatch=4")
+    assert fit[-1].grade == "changes what is learned"
+
+
+def test_what_a_person_chose_is_replaced_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [
+        "data.batch=8",
+        "memory=checkpoint",
+        "memory.checkpoint.every=2",
+        "memory.microbatch=2",
+        "optimizer.lr=0.1",
+    ]
+    ways = found(monkeypatch, 1000, *given)
+    plain = next(w for w in ways if not any(o.startswith("memory=") for o in w.overrides) and w.grade == "exact")
+    assert plain.overrides == ("data.batch=8", "optimizer.lr=0.1")
+    kept = next(w for w in ways if "memory=checkpoint" in w.overrides)
+    assert "memory.checkpoint.every=2" in kept.overrides
+    for way in ways:
+        runs.composed(list(way.overrides))
+
+
+def test_every_strategy_of_the_folder_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = found(monkeypatch, 1000, "data.batch=8")
+    words = " ".join(word for w in ways for word in w.overrides)
+    for name in choices()["memory"]:
+        assert name == "baseline" or name in words
+
+
+def test_where_nothing_fits_the_nearest_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = found(monkeypatch, 0.1, "data.batch=8")
+    assert not any(w.plan.fits for w in ways)
+    assert [w.plan.needed for w in ways] == sorted(w.plan.needed for w in ways)
+    assert "checkpoint+offload_activations" in ways[0].overrides[-2] + ways[0].overrides[-1]
+
+
+def test_of_several_cards_every_way_to_share_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = found(monkeypatch, 1000, "data.batch=16", ranks=16)
+    assert {"parallel=ddp", "parallel=fsdp"} <= {word for w in ways for word in w.overrides}
+    line = report.command(ways[0])
+    assert line.startswith("torchrun --nnodes=2 --nproc_per_node=8 -m trainkit train data.batch=16")
+
+
+def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "plan", arithmetic)
+    seeking = search.Search([], None, Setting(H100), 0.0, lambda text: None)
+    assert seeking.best() == []
+    assert seeking.cut_short
+
+
+@pytest.mark.parametrize("most", range(23))
+@pytest.mark.parametrize("rows", [1, 6, 16, 22])
+def test_the_largest_microbatch_is_found(most: int, rows: int) -> None:
+    asked: list[int] = []
+
+    def at(size: int) -> Plan:
+        asked.append(size)
+        return made(Setting(H100), int(80e9) if size <= most else int(81e9), 1.0, size)
+
+    best = search.largest_microbatch(at, rows)
+    fitting = [size for size in {1, 2, 4, 8, 16, rows} if size <= min(most, rows)]
+    assert (best.microbatch if best else 0) == max(fitting, default=0)
+    assert len(asked) == len(set(asked)) <= 4
+
+
+def test_lines_are_quoted_for_a_shell() -> None:
+    way = search.Found(("data.path=my texts", "~tracking.jsonl", "a=1"), "exact", made(Setting(H100), 1, 1.0, 1))
+    assert report.command(way) == "trainkit train 'data.path=my texts' '~tracking.jsonl' a=1"
+
+
+def test_cards_by_name_and_by_size() -> None:
+    assert cards.find("H100") is H100
+    assert cards.find("a100_40").memory == 40
+    assert cards.find("24GB").memory == 24
+    assert cards.find("24GB").bf16 == cards.CARDS["rtx4090"].bf16
+    assert cards.find("79GiB").memory == pytest.approx(79 * 1.073741824)
+    assert cards.find("78gb").bf16 == H100.bf16
+    with pytest.raises(UserError, match="did you mean 'h100'"):
+        cards.find("h10O")
+    with pytest.raises(UserError, match="less than any"):
+        cards.find("0.1GB")
+
+
+def test_several_cards() -> None:
+    assert named("h100", None) == ("h100", 1)
+    assert named(None, "8xh100") == ("h100", 8)
+    assert named("l4", "4") == ("l4", 4)
+    for wrong in ("x8", "0xh100", "eight"):
+        with pytest.raises(UserError, match="not a number of GPUs"):
+            named(None, wrong)
+    with pytest.raises(UserError, match="different"):
+        named("l4", "8xh100")
+
+
+def invoked(*words: str) -> Any:
+    return CliRunner().invoke(cli.app, ["plan", *QUICK, *words])
+
+
+def test_a_plan_is_said_and_written(place: Path) -> None:
+    result = invoked("--gpu", "24GB", "--json", "plan.json", "--price", "2")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("fits: needs ")
+    (cell,) = json.loads(Path("plan.json").read_text())["cells"]
+    assert cell["overrides"] == QUICK
+    assert cell["predicted_status"] == "ok"
+    assert cell["predicted_peak_memory_bytes"] == max(cell["predicted_peaks"].values())
+    assert set(cell["predicted_peaks"]) == {"training", "evaluation", "saving", "resuming"}
+    assert cell["predicted_tokens_per_s"] == pytest.approx(4 * 32 / cell["predicted_ms_per_step"] * 1000)
+    assert cell["predicted_cost"] == pytest.approx(2 * cell["predicted_hours"])
+    assert cell["predicted_hours"] == pytest.approx(300 * cell["predicted_ms_per_step"] / 3.6e6)
+
+
+def test_a_script_can_ask_whether_it_fits() -> None:
+    large = ["data.batch=65536", "--gpu", "1GB", "--search-s", "1"]
+    assert invoked(*large).exit_code == 0
+    refused = invoked(*large, "--check")
+    assert refused.exit_code == 1
+    assert refused.stdout.startswith("does not fit: needs ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "8xh100"], "add parallel=ddp or parallel=fsdp"),
+        (["--gpus", "3xh100", "parallel=ddp"], "use data.batch=6"),
+        (["--gpu", "rtx9"], "is not known"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_traced(words: list[str], said: str) -> None:
+    result = invoked(*words)
+    assert isinstance(result.exception, UserError)
+    assert said in str(result.exception)

@@ -1,0 +1,157 @@
+"""A learner that is real but for its numbers: built by `build.learner` on fake tensors, for a device that need not be here.
+
+A GPU's tensors are fakes on `cpu:1`: torch's CPU kernels are the ones that every build knows, and a number of its own
+tells the device's tensors from the host's. What CUDA does otherwise is in `AsOnCuda` and in `kernels`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from trainkit import build
+from trainkit.learner import Learner
+from trainkit.parallel import Ranks
+from trainkit.plan.kernels import Device
+from trainkit.run import Run
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A run's data as far as a plan needs to know it."""
+
+    length: int
+    batch: int
+    batches: "Batches"
+
+    def build(self, corpus: Any, *, seed: int, ranks: Any, device: torch.device) -> "Batches":
+        """The loader."""
+        return self.batches
+
+
+class Batches:
+    """A loader whose batches have shapes only. With `documents` rows hold several, which makes masks explicit."""
+
+    def __init__(self, run: Run, device: torch.device, rows: Iterable[int], *, documents: bool) -> None:
+        self.batch, self.tokens_per_step = run.data.batch, run.data.batch * run.data.length
+        self._length, self._documents = run.data.length, documents
+        self._made = {count: self._of(count, device) for count in rows}
+        self.rows = min(self._made)
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """`rows` rows, whatever the step is."""
+        return self._made[self.rows]
+
+    def _of(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        shapes = {"tokens": torch.int64, "labels": torch.int64}
+        shapes |= {"documents": torch.int32} if self._documents else {}
+        batch = {k: torch.empty(rows, self._length, dtype=dtype, device=device) for k, dtype in shapes.items()}
+        return batch | {name: torch.empty(rows, dtype=torch.int64, device=device) for name in ("ids", "bytes")}
+
+    def bytes(self, rows: int) -> int:
+        """What such a batch takes on the device."""
+        return rows * (self._length * (16 + 4 * self._documents) + 16)
+
+
+class _Fake(TorchFunctionMode):
+    """What fake tensors cannot be asked."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist:
+            return [0.0] * args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+class AsOnCuda(TorchFunctionMode):
+    """CUDA's kernels where a CPU's hold other tensors: attention with dropout is fused, and so is RMSNorm."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return func(*args, **{**kwargs, "dropout_p": 0.0})
+        if func is F.rms_norm and len(args) > 2 and isinstance(args[2], Tensor):
+            return _FusedNorm.apply(args[0], args[2])
+        return func(*args, **kwargs)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """RMSNorm in one kernel: it keeps its input and one number a row (aten::_fused_rms_norm)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, torch.empty_like(x[..., :1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+@contextmanager
+def pretending(device: Device, ranks: Ranks) -> Iterator[None]:
+    """Inside, new tensors are fake."""
+    with ExitStack() as stack:
+        if ranks.size > 1 or ranks.kind == "fsdp":
+            stack.enter_context(_others(device, ranks.size))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(mock.patch.object(nn.Module, "_apply", _replaced))
+        stack.enter_context(_Fake())
+        if device.cuda:
+            stack.enter_context(AsOnCuda())
+        yield
+
+
+def learner(run: Run, ranks: Ranks, batches: Batches) -> Learner:
+    """The learner of `run`, not compiled."""
+    rows = Rows(run.data.length, run.data.batch, batches)
+    pretended: Any = replace(run, data=rows, compile="off")  # type: ignore[arg-type]  # it only has to build a loader
+    return build.learner(pretended, SimpleNamespace(vocab=0), ranks)
+
+
+@contextmanager
+def _others(device: Device, size: int) -> Iterator[None]:
+    """Ranks that are not there. The mesh has to be made of real numbers, so before anything is fake."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp._fully_shard import _fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from trainkit.parallel import fsdp
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        mesh = init_device_mesh("cpu", (size,))
+        with (
+            mock.patch.object(fsdp, "init_device_mesh", return_value=mesh),
+            mock.patch.object(_fully_shard, "_get_device_from_mesh", return_value=device.torch),
+        ):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _replaced(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` for fake parameters, which torch cannot swap in place."""
+    found: dict[int, nn.Parameter] = {}
+    modules: Sequence[nn.Module] = list(module.modules()) if recurse else [module]
+    for one in modules:
+        for name, parameter in one._parameters.items():
+            if parameter is not None:
+                with torch.no_grad():
+                    new = convert(parameter)
+                if new is not parameter:
+                    made = found.setdefault(id(parameter), nn.Parameter(new, parameter.requires_grad))
+                    one._parameters[name] = made
+        for name, buffer in one._buffers.items():
+            if buffer is not None:
+                one._buffers[name] = convert(buffer)
+    return module
