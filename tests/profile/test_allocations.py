@@ -164,11 +164,8 @@ def test_other_phases_are_named(learner: Callable[..., Learner]) -> None:
     save = seen.by_phase["save"].at_peak
     copied = sum(c.nbytes for c in copies)
     assert copied <= save["temporary"] < copied + 1024
-    first, second = (p.at_peak for p in seen.phases if p.phase == "backward")
-    assert second["activations"] == first["activations"]
-    assert (
-        copied <= second["temporary"] - first["temporary"] < copied + 1024
-    )  # what is kept of the save stays what it was
+    assert made(seen, "temporary", "save") >= copied  # also when the next backward finds it there
+    assert made(seen, "activations", "save") == 0
     evaluation = seen.by_phase["evaluation"].at_peak
     assert evaluation["activations"] == evaluation["gradients"] == 0
     assert evaluation["temporary"] >= 4 * B * T * V
