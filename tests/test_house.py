@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 
 ROOT = Path(trainkit.__file__).parent
 FLOORS = [
-    {"config", "errors", "units", "choices", "atomic", "strict", "fingerprint"},
+    {"config", "trees", "errors", "units", "choices", "atomic", "strict", "fingerprint"},
     {
         "models",
         "data",
@@ -42,7 +42,7 @@ FLOORS = [
     },
     {"tasks", "checkpoint", "history", "fitting"},
     {"learner"},
-    {"replay"},
+    {"replay", "saves"},
     {"trainer"},
     {"run"},
     {

@@ -180,7 +180,7 @@ def _trainer(
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus, mirror), it.step, steps=made.stop_at, config=run.yaml())
-    made.tell_what_was_found()
+    made.saves.pass_on()
     try:
         yield made
     finally:

@@ -5,7 +5,7 @@ This is the only module that imports hydra, omegaconf or pydantic.
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +36,7 @@ from trainkit.schedules import Schedule
 from trainkit.strict import MAX_YAML, one_line, parse_yaml, read_file, reason, write_yaml
 from trainkit.tasks import Task
 from trainkit.tracking import Tracking
+from trainkit.trees import flat, get, put, what
 
 HOW_GROUPS = ("memory", "parallel", "checkpoint", "guard", "evaluation", "tracking", "profile")
 FILE = "run.yaml"
@@ -103,7 +104,7 @@ class Run:
 
     def what(self) -> dict[str, Any]:
         """The values that decide what is learned, by dotted key."""
-        return _flat({k: v for k, v in _what(self).items() if k not in HOW_GROUPS})
+        return flat({k: v for k, v in what(self).items() if k not in HOW_GROUPS})
 
     def yaml(self) -> str:
         """The run as `run.yaml` holds it: without the addresses that are told how it goes, which may hold secrets, and which
@@ -156,7 +157,7 @@ def saved(
         for group in given.groups():
             tree[group] = fresh[group]
         for key in given.values():
-            _put(tree, key, _get(fresh, key))
+            put(tree, key, get(fresh, key))
     after = _typed(tree)
     if changed := [line for line in before.differs(after) if line.split(".")[0] not in free]:
         raise UserError(
@@ -253,49 +254,6 @@ def _typed(tree: dict[str, Any]) -> Run:
     if wrong := typed_wrongly(tree, run):
         raise UserError(wrong)
     return run
-
-
-def _what(config_: Any) -> dict[str, Any]:
-    """`asdict` without the fields that say how."""
-    kept = {}
-    for f in fields(config_):
-        value = getattr(config_, f.name)
-        if "how" not in f.metadata:
-            kept[f.name] = _what(value) if hasattr(value, "__dataclass_fields__") else _plain(value)
-    return kept
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if hasattr(value, "__dataclass_fields__"):
-        return _what(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _get(tree: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for key in parents:
-        if tree.get(key) is None:
-            tree[key] = {}
-        tree = tree[key]
-    tree[last] = value
 
 
 def _bare(url: str) -> str:

@@ -14,6 +14,7 @@ from trainkit.guard import Guard, Rewind, pass_over, position
 from trainkit.learner import Learner
 from trainkit.profile import Profiler
 from trainkit.replay import Replay
+from trainkit.saves import Saves
 from trainkit.signals import Signals
 from trainkit.throughput import Meter
 from trainkit.watchdog import Watchdog
@@ -49,14 +50,11 @@ class Trainer:
     files: Mapping[str, bytes]
     best: Best
     evaluated: tuple[int, dict[str, float]] = (-1, {})  # the step of the last evaluation, and what it found
-    saved: int = -1  # the step that was saved last, or is being saved
-    failed_saves: list[SaveFailed] = field(default_factory=list)  # in a row
-    save_s: float = 0.0  # the longest save so far
-    extra: dict[str, float] = field(default_factory=dict)  # for the next step that is logged
     profiler: Profiler = field(default_factory=Profiler)
     status: str = "failed"  # until `fit` knows better
 
     def __post_init__(self) -> None:
+        self.saves = Saves(self.checkpointer, self.trackers.note, self.tell)
         self.replay = Replay(self.learner, self.watchdog, self.trackers.note, self.warn)
 
     def restore(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -64,7 +62,7 @@ class Trainer:
         self.learner.load(tensors, state["learner"])
         self.best.load_state_dict(state["best"])
         self.meter.seconds = state["seconds"]
-        self.saved = self.learner.step
+        self.saves.last = self.learner.step
         self.evaluated = (-1, {})
 
     def fit(self) -> str:
@@ -94,10 +92,10 @@ class Trainer:
 
     def end(self) -> str | None:
         """Why the loop should stop here, if it should. All ranks stop, or save, at the same step."""
-        self.hear_of_saves()
+        self.saves.hear()
         wish = self.learner.ranks.host.max(self.wish())
         if wish == GIVE_UP:
-            raise self.failed_saves[-1] if self.failed_saves else SaveFailed("another rank could not save")
+            raise self.saves.failed[-1] if self.saves.failed else SaveFailed("another rank could not save")
         if wish != NOTHING:
             self.look({})  # no step is saved that made no update
         if wish == STOP:
@@ -110,7 +108,7 @@ class Trainer:
         return "patience" if self.best.exhausted(self.evaluation.patience) else None
 
     def wish(self) -> int:
-        if len(self.failed_saves) >= self.checkpoint.attempts:
+        if len(self.saves.failed) >= self.checkpoint.attempts:
             return GIVE_UP
         return STOP if self.signals.asked else SAVE if self.signals.save_asked else NOTHING
 
@@ -120,11 +118,11 @@ class Trainer:
         late = (
             end not in ("done", "patience")
             and deadline is not None
-            and (time.monotonic() - since + 1.5 * self.save_s > deadline)
+            and self.saves.too_late(deadline - (time.monotonic() - since))
         )
         if self.learner.ranks.host.max(int(late)):
             self.trackers.note(
-                f"a save takes {self.save_s:.0f} s, which is more than is left: step {self.saved} is the last"
+                f"a save takes {self.saves.longest_s:.0f} s, which is more than is left: step {self.saves.last} is the last"
             )
             return
         self.save(wait=True)
@@ -173,9 +171,8 @@ class Trainer:
         record = {name: float(value) for name, value in metrics.items()} | {"epoch": self.epoch(step)}
         if slow := self.learner.ranks.straggler():
             self.trackers.note(f"warning: {slow}")
-        extra, self.extra = self.extra, {}
         record |= self.meter.read(step, self.stop_at) | dict(self.readings())
-        return record | self.learner.account() | extra
+        return record | self.learner.account() | self.saves.take_metrics()
 
     @contextmanager
     def aside(self, phase: str) -> Iterator[None]:
@@ -204,36 +201,15 @@ class Trainer:
         """
         step = self.learner.step
         with self.aside("save"):
-            if self.saved != step:
+            if self.saves.last != step:
                 facts = self.facts_of(step, epoch_end)
                 self.checkpointer.save(step, self.learner.tensors(), self.state(), self.files, facts=facts, wait=wait)
-                self.saved = step
+                self.saves.last = step
             elif wait:
                 self.checkpointer.wait()
-        self.hear_of_saves()
-        if wait and self.failed_saves:
-            raise self.failed_saves[-1]
-
-    def hear_of_saves(self) -> None:
-        """Say how saves ended that were under way."""
-        for outcome in self.checkpointer.finished():
-            if outcome.error is None:
-                self.failed_saves = []
-                self.save_s = max(self.save_s, outcome.save_s)
-                self.extra |= {"checkpoint_stall_s": outcome.stall_s, "checkpoint_save_s": outcome.save_s}
-                waited = f", {outcome.stall_s:.2f} s of it waited for" if outcome.stall_s < outcome.save_s else ""
-                self.trackers.note(f"saved step {outcome.step} in {outcome.save_s:.2f} s{waited}")
-            else:
-                self.failed_saves.append(outcome.error)
-                self.saved = -1
-                self.trackers.note(f"warning: {outcome.error}; training goes on, and the next save tries again")
-                self.tell(str(outcome.error))
-        self.tell_what_was_found()
-
-    def tell_what_was_found(self) -> None:
-        """Pass on what the checkpointer has to say to a person."""
-        while self.checkpointer.notes:
-            self.trackers.note(self.checkpointer.notes.pop(0))
+        self.saves.hear()
+        if wait and self.saves.failed:
+            raise self.saves.failed[-1]
 
     def facts_of(self, step: int, epoch_end: bool) -> dict[str, Any]:
         """What is said of a checkpoint without opening it. The metric is that of an evaluation at this very step."""
@@ -296,7 +272,7 @@ class Trainer:
         """Go back to the newest good checkpoint and pass over the batches around the bad one; False where there is none."""
         with self.aside("rewind"):
             self.checkpointer.wait()
-            self.hear_of_saves()
+            self.saves.hear()
             found = self.checkpointer.load_latest(self.learner.places)
             if found is None:
                 return False
