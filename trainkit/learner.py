@@ -76,7 +76,10 @@ class Learner:
         self.ranks.pace.begin()
         self.set_lr()  # an update may be made in the backward
         optimizers.begin(self.optimizer, randomness.mix(self.seed, self.step))
-        metrics = self.fitting.run(self.model, lambda rows: self.gradients(batch, rows))
+        if self.steps_in_backward:  # which cannot be done again
+            metrics = self.gradients(batch, self.fitting.rows)
+        else:
+            metrics = self.fitting.run(self.model, lambda rows: self.gradients(batch, rows))
         self.scaler.unscale_(self.optimizer)
         norm, own = self.clip_gradients()
         return {"own_loss": metrics["loss"], **metrics, "grad_norm": norm, "own_gradients": own}

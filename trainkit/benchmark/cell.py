@@ -19,11 +19,10 @@ import torch
 from trainkit import build, hardware
 from trainkit import run as runs
 from trainkit.benchmark.resident import PeakResident
-from trainkit.errors import FAILED, UserError
+from trainkit.errors import FAILED, RanOutError, UserError
 from trainkit.learner import Learner
+from trainkit.memory.room import ran_out
 from trainkit.profile.allocations import Allocations
-
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc", "ALLOC_FAILED", "Cannot allocate memory")
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +40,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     corpus = run.data.open()
     resident = PeakResident()
     it = build.learner(run, corpus, ranks)
+    rows = it.fitting.rows
     try:
         losses = [it.train_step()["loss"] for _ in range(spec["warmup"])]
         _start_of_timing(ranks.device)
@@ -48,6 +48,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         losses += [it.train_step()["loss"] for _ in range(spec["steps"])]
         _wait(ranks.device)
         seconds = time.perf_counter() - begin
+        if it.fitting.rows != rows:
+            raise RanOutError(f"{rows} rows at once are too many, {it.fitting.rows} are not")
         found = {
             "seconds": seconds,
             "steps": spec["steps"],
@@ -81,8 +83,7 @@ def ended(error: Exception) -> dict[str, Any]:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return {"status": "refused", "error": text}
-    oom = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if oom or (isinstance(error, RuntimeError | OSError) and any(words in text for words in OUT_OF_MEMORY)):
+    if isinstance(error, RanOutError) or ran_out(error):
         return {"status": "oom", "error": text}
     return {"status": "failed", "error": f"{type(error).__name__}: {text}"}
 
