@@ -18,6 +18,7 @@ from trainkit.optimizers import SGD, AdamW, Muon, low_bit
 from trainkit.optimizers.coding import Coded
 from trainkit.optimizers.formats import CODES, SIGNED, dequantize, quantize
 from trainkit.optimizers.low_bit import Keeping
+from trainkit.optimizers.sharded import state_in
 from trainkit.optimizers.state import load_named_state, named_state, places
 
 ALL = {
@@ -83,6 +84,13 @@ def test_a_step_is_that_of_the_decoded_states(name: str, format_: str) -> None:
         take(model, optimizer, 1, begin=step)
         assert sum(key.endswith(f"_{format_}_scale") for key in named_state(model, optimizer)) == len(MOMENTS[name])
         take(reference, theirs, 1, begin=step)
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            numbers = state_in(None, p, optimizer.state[p])
+            for moment in numbers.keys() - {"step"}:  # what is kept is what the step made
+                made = theirs.state[q][moment]
+                assert float((numbers[moment] - made).norm()) < (0.4 if format_ == "int4" else 0.06) * float(
+                    made.norm()
+                )
         torch.testing.assert_close(flat(model), flat(reference), rtol=1e-6, atol=1e-9)
         with torch.no_grad():
             for p, q in zip(model.parameters(), reference.parameters(), strict=True):
