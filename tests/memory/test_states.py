@@ -18,7 +18,8 @@ from trainkit.optimizers import SGD, AdamW, Muon, low_bit
 from trainkit.optimizers.coding import Coded
 from trainkit.optimizers.formats import CODES, SIGNED, dequantize, quantize
 from trainkit.optimizers.low_bit import Keeping
-from trainkit.optimizers.state import load_named_state, named_state
+from trainkit.optimizers.sharded import state_in
+from trainkit.optimizers.state import load_named_state, named_state, places
 
 ALL = {
     "adamw": AdamW(lr=0.01, weight_decay=0.1),
@@ -83,6 +84,13 @@ def test_a_step_is_that_of_the_decoded_states(name: str, format_: str) -> None:
         take(model, optimizer, 1, begin=step)
         assert sum(key.endswith(f"_{format_}_scale") for key in named_state(model, optimizer)) == len(MOMENTS[name])
         take(reference, theirs, 1, begin=step)
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            numbers = state_in(None, p, optimizer.state[p])
+            for moment in numbers.keys() - {"step"}:  # what is kept is what the step made
+                made = theirs.state[q][moment]
+                assert float((numbers[moment] - made).norm()) < (0.4 if format_ == "int4" else 0.06) * float(
+                    made.norm()
+                )
         torch.testing.assert_close(flat(model), flat(reference), rtol=1e-6, atol=1e-9)
         with torch.no_grad():
             for p, q in zip(model.parameters(), reference.parameters(), strict=True):
@@ -267,3 +275,16 @@ def test_the_loss_stays_near(learner: Callable[..., Learner]) -> None:
         ends[memory] = sum([float(it.train_step()["loss"]) for _ in range(30)][-5:]) / 5
     for memory in FORMATS:
         assert ends[memory] < 1.1 * ends["baseline"], ends
+
+
+def test_codes_that_are_none_are_refused() -> None:
+    model = Small()
+    optimizer = ALL["adamw"].build(model, Keeping("int8"))
+    take(model, optimizer, 1)
+    named, key = named_state(model, optimizer), "embed.weight.exp_avg_int8"
+    with pytest.raises(UserError, match=r"optimizer has embed.weight.exp_avg_int8 without its scales"):
+        load_named_state(model, optimizer, {k: v for k, v in named.items() if k != f"{key}_scale"})
+    with pytest.raises(UserError, match=r"embed.weight.exp_avg_int8_scale is \(40, 2\) there"):
+        load_named_state(model, optimizer, {**named, f"{key}_scale": torch.zeros(40, 2)})
+    with pytest.raises(UserError, match=r"embed.weight.exp_avg_int8 is torch.float32 there"):
+        places(model, optimizer, {key: ((40, 128), torch.float32, True)})

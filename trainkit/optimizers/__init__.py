@@ -53,7 +53,7 @@ def build(
 def total_norm(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients, in at least float32: those that are there, or those that the backward has used up."""
     if isinstance(optimizer, InBackward):
-        return torch.linalg.vector_norm(torch.stack(optimizer.norms()))
+        return torch.nn.utils.get_total_norm(optimizer.norms())
     grads = [p.grad for p in parameters if p.grad is not None]
     if any(grad.dtype.itemsize < 4 for grad in grads):
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))

@@ -145,8 +145,8 @@ class LowBit(torch.optim.Optimizer):
                 step(some[0], some[1], [[s] for s in some[2:]], by, skip)
             return
         names = [f"{moment}_{format_}" for moment in self.rule.moments]
-        states = [[sharded.local(state[n + end]).flatten(0, -2) for end in ("", "_scale")] for n in names]
-        rows = [here.flatten(0, -2), grad.flatten(0, -2), *(t for both in states for t in both)]
+        states = [[_rows(sharded.local(state[n + end])) for end in ("", "_scale")] for n in names]
+        rows = [_rows(here), grad.flatten(0, -2), *(t for both in states for t in both)]
         for blocks, compiled in _in_blocks(rows, CODES[format_][True], here.shape[-1]):
             step = _kernel(self.rule, format_, self.keeping.compiled and compiled)
             for some in _chunks(blocks, max(1, self._chunk(here) // blocks[0][0].numel())):
@@ -156,6 +156,11 @@ class LowBit(torch.optim.Optimizer):
         if here.device.type != "cpu":
             return GPU_CHUNK
         return COMPILED_CHUNK if self.keeping.compiled else CPU_CHUNK
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A view of it as a matrix: what is written there must be written to it."""
+    return tensor if tensor.ndim == 2 else tensor.view(-1, tensor.shape[-1])
 
 
 def _in_blocks(rows: list[Tensor], code: Code, width: int) -> Iterator[tuple[list[Tensor], bool]]:

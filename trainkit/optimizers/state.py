@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainkit.errors import UserError
 from trainkit.optimizers.coding import Coded, coded
+from trainkit.optimizers.formats import code_of
 from trainkit.optimizers.sharded import format_of, room, state_in, whole_columns
 
 
@@ -42,6 +43,8 @@ def places(
         if name not in parameters:
             raise UserError(f"the checkpoint's optimizer has state for {full}, which this model lacks")
         _refuse_shape(full, shape, parameters[name])
+        if code_of(key) and dtype != (torch.float32 if key.endswith("_scale") else torch.uint8):
+            raise UserError(f"the checkpoint's optimizer is another's: {full} is {dtype} there")
         device = _device(optimizer, parameters[name])
         codes = coded(optimizer, parameters[name], key, dtype, device) if shape and whole_rows else None
         made[full] = codes or (room(parameters[name], shape, dtype, device) if shape else torch.empty((), dtype=dtype))
@@ -66,6 +69,8 @@ def load_named_state(model: nn.Module, optimizer: torch.optim.Optimizer, named: 
                 continue
             on_device = value.ndim > 0 or _device_scalars(optimizer)
             state[key] = value.to(_device(optimizer, parameter) if on_device else "cpu")
+        if alone := [k for k in state if code_of(k) and f"{k.removesuffix('_scale')}_scale" not in state]:
+            raise UserError(f"the checkpoint's optimizer has {name}.{alone[0]} without its scales")
         if state:
             optimizer.state[parameter] = state_in(format_of(optimizer, parameter), parameter, state)
         elif named and parameter.requires_grad:
