@@ -251,7 +251,7 @@ NEEDS = {
     "data=mixture": ["data.sources.a.path=a", "data.sources.b.path=b"],
     "memory=step_in_backward": ["clip=0"],
 }
-ALONE = {"4bit", "fp8", "step_in_backward"}  # what cannot be joined with others of its group
+ALONE = {"4bit", "fp8", "step_in_backward", "stream"}  # what cannot be joined with others of its group
 
 
 @pytest.mark.parametrize("choice", every_choice())

@@ -141,18 +141,6 @@ def test_it_warns_once_and_says_once_that_it_caught_up(mirror: Mirror, gate: Gat
     assert mirror.describe() == f"{URL}, step 2 is there"
 
 
-def test_the_header_says_that_it_failed_before(mirror: Mirror, gate: Gate) -> None:
-    assert mirror.describe() == f"{URL}, nothing is there yet"
-    gate.open.set()
-    gate.error = RemoteError("down")
-    mirror.submit(saved(1))
-    until(lambda: (last_state(RUN) or {"problem": None})["problem"] is not None)
-    mirror.close(0.0)
-    again = Mirror(URL, RUN, [].append, differs=lambda ours, theirs: [])
-    again.close(PATIENCE_S)
-    assert again.describe() == f"{URL}, nothing is there yet; it failed: down"
-
-
 def test_one_that_failed_makes_way_for_a_newer(mirror: Mirror, gate: Gate) -> None:
     gate.error = RemoteError("down")
     mirror.submit(saved(1))
