@@ -153,6 +153,10 @@ def test_the_base_of_a_run_is_what_it_was(base: Learner, trained: Callable[..., 
         UserError, match=r"the name 'tuned' is taken by another run \(start: other/step-6@.* here, base/step-6@"
     ):
         trained(*WIDE, "start_from=other", "model.adapter=lora", name="tuned")
+    with pytest.raises(
+        UserError, match="start_from=base is base/step-6@.* and the run began with elsewhere: give that"
+    ):
+        trained(*WIDE, "start_from=base", "start=elsewhere", "model.adapter=lora", name="tuned")
     assert trained(*WIDE, "start_from=base/step-6", "model.adapter=lora", name="tuned").learner.step == 6
     shutil.rmtree("runs/tuned/checkpoints")  # it never saved: then its base is needed, that very one
     words = runs.saved(run.yaml(), ["start_from=runs/base"])
@@ -164,6 +168,12 @@ def test_the_base_of_a_run_is_what_it_was(base: Learner, trained: Callable[..., 
     moved = begin(runs.saved(run.yaml(), ["start_from=runs/moved"]))
     assert torch.equal(logits(moved.model), logits(base.model))
     assert tuned.learner.step == 2
+    shutil.rmtree("runs/moved")
+    shutil.copytree("runs/other", "runs/moved")  # the same words, and another checkpoint
+    with pytest.raises(
+        UserError, match="start_from=runs/moved is not base/step-6@.* any more, with which the run began"
+    ):
+        begin(runs.saved(run.yaml(), ["start_from=runs/moved"]))
 
 
 def begin(run: Run) -> Learner:
