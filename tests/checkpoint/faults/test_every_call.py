@@ -1,18 +1,10 @@
 """A fault at every system call of a save: the previous or the new checkpoint loads, and nothing acknowledged is missing."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.checkpoint.faults.conftest import Job
-
-
-def begin(
-    folder: Path, fault: str = "none", at: int = 0, sticky: int = 0, log: str = "", victim: int = 0
-) -> dict[str, Any]:
-    how = {"fault": fault, "at": at, "sticky": sticky, "log": log, "victim": victim}
-    return {"begin": {"folder": str(folder), **how}}
+from tests.checkpoint.faults.client import Job, begin, resume
 
 
 FAULTS = {"kill": 0, "torn": 0, "short": 1, "28": 0, "28 sticky": 1, "5": 0, "5 sticky": 1, "13": 0, "122": 1, "24": 0}
@@ -30,7 +22,7 @@ def survives(job: Job, tmp_path: Path, fault: str, ranks: int, victim: int) -> N
         killed = outcome["killed"][victim]
         assert killed == (fault in ("kill", "torn")), (at, outcome)
         assert fault != "short" or outcome["acknowledged"] == 3, (at, outcome)
-        found = job({"resume": {"folder": str(folder)}}, 1 + at % ranks)
+        found = job(resume(folder), 1 + at % ranks)
         assert "error" not in found, (at, outcome, found)
         assert found["whole"], (at, found)
         assert found["step"] in (2, 3), at
