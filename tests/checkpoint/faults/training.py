@@ -20,7 +20,7 @@ from tests.short_runs import SMALL, difference, end_of
 
 RANKS, FAULTY = 4, 4  # the step whose save goes wrong
 WIDE = ["model.width=128", "evaluation.batches=2"]  # so that every rank has something to write
-WHAT = [*SMALL, *WIDE, "parallel=ddp", "steps=6", "checkpoint.every=2", "checkpoint.keep_best=0", "guard.hang_s=4"]
+WHAT = [*SMALL, *WIDE, "parallel=ddp", "steps=6", "checkpoint.every=2", "checkpoint.keep_best=0"]
 MOST_S = 60.0  # within which all others have to be gone
 
 
@@ -66,7 +66,8 @@ class Training:
         """Train the run `name` on four ranks, to the end or to the fault: `kill` or `stop` at call `at`."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        job = {"overrides": [*WHAT, *how, f"name={name}"], "fault": fault, "at": at, "victim": victim}
+        hang = ["guard.hang_s=12"] if fault == "stop" else []  # a kill is noticed without it, and a start takes long
+        job = {"overrides": [*WHAT, *how, *hang, f"name={name}"], "fault": fault, "at": at, "victim": victim}
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         return Outcome(**json.loads(self._server.stdout.readline()))
