@@ -22,6 +22,9 @@ from trainkit.parallel import ElsewhereError, Group, LostRankError
 from trainkit.units import human_bytes
 
 
+TICK_S = 0.001  # by which a checkpoint is newer than the one before it, at least
+
+
 class SaveFailed(RuntimeError):
     """A checkpoint could not be saved. Those that were there are untouched."""
 
@@ -63,6 +66,7 @@ class Checkpointer:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._last: Draft | None = None  # whose plan holds for the next, usually
+        self._time = 0.0  # of the newest checkpoint here, whatever the clock says
         self._lost: LostRankError | None = None
         self._outcomes: list[Outcome] = []
 
@@ -73,6 +77,7 @@ class Checkpointer:
             UserError: it is read-only or too full.
         """
         self._host.first_does(lambda: self.shelf.try_the_disk(expected_bytes))
+        self._time = store.newest_time(self.folder.parent.parent)
         if self._asynchronous and not room_for(expected_bytes):
             self._asynchronous = False
             self.notes.append(
@@ -207,8 +212,15 @@ class Checkpointer:
         error: SaveFailed | None = None
         try:
             group.first_does(lambda: self._make_way(it))
+            self._time = max(time.time(), self._time + TICK_S)
             writing.commit(
-                self.folder, self._run, it, group=group, versions=self._versions, check_owner=self._check_owner
+                self.folder,
+                self._run,
+                it,
+                group=group,
+                versions=self._versions,
+                check_owner=self._check_owner,
+                not_before=self._time,
             )
             group.first_does(self._keep)
         except LostRankError as lost:

@@ -84,6 +84,7 @@ def commit(
     group: Group,
     versions: Mapping[str, str],
     check_owner: Callable[[], None] = lambda: None,
+    not_before: float = 0.0,
 ) -> Path:
     """Save a checkpoint, all ranks together. When this returns it is on the disk, under its final name, and was read back
     and verified before it got that name.
@@ -101,7 +102,7 @@ def commit(
         written: dict[str, Any] = {}
         for of_rank in group.all_do(lambda: _write_shards(partial, it, group.rank)):
             written |= of_rank
-        manifest = Manifest(run, it.step, time.time(), versions, it.facts, written, it.tensors)
+        manifest = Manifest(run, it.step, max(time.time(), not_before), versions, it.facts, written, it.tensors)
         group.first_does(lambda: _finish(partial, final, it, manifest, check_owner))
     except BaseException:
         if group.rank == 0:
