@@ -9,10 +9,14 @@ import pytest
 
 from tests.checkpoint.starters import one_round
 from tests.checkpoint.test_store import FACTS, save
+from tests.conftest import SMALL
 from tests.short_runs import write_corpus
+from trainkit import build
+from trainkit import run as runs
 from trainkit.checkpoint import Checkpoint, SaveFailed, store
 from trainkit.checkpoint.lock import NAME, RunLock
 from trainkit.errors import UserError
+from trainkit.trainer import Trainer
 
 
 @pytest.mark.timeout(240)
@@ -39,6 +43,25 @@ def test_whoever_lost_its_folder_saves_nothing_into_the_new_one() -> None:
         with pytest.raises(SaveFailed, match="moved or removed"):
             save(mine, 2)  # where nothing is
     assert not run.exists()
+
+
+def test_a_run_whose_folder_is_moved_stops_and_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Trainer.one_step
+
+    def one_step(self: Trainer) -> None:
+        if self.learner.step == 3:
+            Path("runs/t").rename("runs/moved")
+            Path("runs/t/checkpoints").mkdir(parents=True)  # as another process would make
+        step(self)
+
+    monkeypatch.setattr(Trainer, "one_step", one_step)
+    run = runs.composed([*SMALL, "checkpoint.every=1", "name=t"])
+    with (
+        pytest.raises(SaveFailed, match="moved or removed while this process used it"),
+        build.trainer(run, Path("runs/t")) as trainer,
+    ):
+        trainer.fit()
+    assert list(Path("runs/t/checkpoints").iterdir()) == []
 
 
 def test_the_folder_is_looked_at_again_right_before_a_checkpoint_gets_its_name() -> None:
