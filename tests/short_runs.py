@@ -42,7 +42,7 @@ def train(overrides: list[str], folder: str, said: str = os.devnull) -> None:
     try:
         code = launch.train(runs.composed(overrides), Path("runs"))
     except BaseException as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+        print(f"{type(error).__name__}: {error}", *([f"({error.__cause__!r})"] if error.__cause__ else []), flush=True)
         code = getattr(error, "exit_code", 1)
     finally:
         os._exit(code)
