@@ -10,17 +10,17 @@ from pathlib import Path
 
 START = multiprocessing.get_context("forkserver")
 START.set_forkserver_preload(["trainkit.launch", "trainkit.run", "torch._dynamo"])
-SMALL = (
-    "data=text data.path=corpus.txt data.length=32 data.batch=4 data.validation=0.2 model.width=16 model.depth=2 "
-    "model.attention.heads=2 model.context=64 model.dropout=0.1 schedule.warmup=2 tracking=jsonl tracking.every=1 "
-    "evaluation=end evaluation.sample_tokens=0"
-).split()
-WORDS = "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs".split()
+WORDS = "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs"
+SMALL = [
+    *("data=text", "data.path=corpus.txt", "data.length=32", "data.batch=4", "data.validation=0.2"),
+    *("model.width=16", "model.depth=2", "model.attention.heads=2", "model.context=64", "model.dropout=0.1"),
+    *("schedule.warmup=2", "tracking=jsonl", "tracking.every=1", "evaluation=end", "evaluation.sample_tokens=0"),
+]
 
 
 def write_corpus(file: Path, documents: int, draw: random.Random) -> None:
     """Documents of forty words."""
-    file.write_text("\n\n".join(" ".join(draw.choices(WORDS, k=40)) for _ in range(documents)))
+    file.write_text("\n\n".join(" ".join(draw.choices(WORDS.split(), k=40)) for _ in range(documents)))
 
 
 def train(overrides: list[str], folder: str, said: str = os.devnull) -> None:

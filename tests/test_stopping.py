@@ -114,16 +114,21 @@ def test_a_stop_at_any_moment_is_a_clean_one(how: list[str]) -> None:
 
 def test_a_stop_of_which_others_make_an_error_is_still_a_stop() -> None:
     """A compiler in the middle of its work, or a callback from C."""
-    with pytest.raises(StopNow, match="stopped by SIGTERM before the first step") as found, Signals():
+    with pytest.raises(StopNow, match="stopped by SIGTERM before the first step") as found:
+        compile_under(Signals(), immediate=True)
+    assert found.value.exit_code == 75
+    with pytest.raises(RuntimeError, match="the backend failed"):
+        compile_under(Signals(lambda note: None), immediate=False)  # from the first step on it is the loop that stops
+
+
+def compile_under(signals: Signals, *, immediate: bool) -> None:
+    with signals:
+        signals.immediate = immediate
         try:
             signal.raise_signal(signal.SIGTERM)
         except StopNow as error:
             raise RuntimeError("the backend failed") from error
-    assert found.value.exit_code == 75
-    with pytest.raises(RuntimeError, match="the run failed"), Signals(lambda note: None) as signals:
-        signals.immediate = False  # from here on it is the loop that stops
-        signal.raise_signal(signal.SIGTERM)
-        raise RuntimeError("the run failed")
+        raise RuntimeError("the backend failed")
 
 
 @pytest.mark.timeout(120)

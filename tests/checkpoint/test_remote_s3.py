@@ -135,14 +135,14 @@ def test_a_server_that_is_gone_at_every_request_of_an_upload(proxy: Proxy, serve
         new = saved(number, size=100)
         proxy.break_at(number, "", act=server.stop)
         it.submit(new)
-        until(lambda: it.state["problem"] or it.state["uploaded_step"] == number)
+        until(lambda number=number: it.state["problem"] or it.state["uploaded_step"] == number)
         reached = proxy.requests >= number
         proxy.heal()
         if reached:
             server.start()
         there = list(Remote(URL).checkpoints("t"))
         assert there in ([*range(1, number)], [*range(1, number + 1)]), number
-        until(lambda: it.state["uploaded_step"] == number)
+        until(lambda number=number: it.state["uploaded_step"] == number)
         assert content(Remote(URL).download("t", number, Path("here"), print)) == content(new)
         if not reached:
             break

@@ -21,7 +21,6 @@ from trainkit.errors import DamagedError
 from trainkit.parallel import ElsewhereError, Group, LostRankError
 from trainkit.units import human_bytes
 
-
 TICK_S = 0.001  # by which a checkpoint is newer than the one before it, at least
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from tests.checkpoint.faults.client import Job, begin, resume
 
-
 ERRORS = [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EMFILE]
 FAULTS = {"kill": 0, "torn": 0, "short": 0, "short from there on": 1, str(errno.EACCES): 0}
 FAULTS |= {f"{number}{how}": int(how != "") for number in ERRORS for how in ("", " from there on")}

@@ -135,9 +135,7 @@ def serve(job: dict[str, Any]) -> Outcome:
     codes, fault_at, left = [0] * RANKS, None, set(ranks)
     while left:
         pid, status = os.waitpid(-1, os.WUNTRACED)
-        if os.WIFSTOPPED(status):
-            fault_at = time.monotonic()
-        elif ranks[pid] == job["victim"] and os.WIFSIGNALED(status) and fault_at is None:
+        if os.WIFSTOPPED(status) or (ranks[pid] == job["victim"] and os.WIFSIGNALED(status) and fault_at is None):
             fault_at = time.monotonic()
         if not os.WIFSTOPPED(status):
             codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
@@ -155,8 +153,8 @@ def serve(job: dict[str, Any]) -> Outcome:
 
 def main() -> None:
     import torch
-
     import torch._dynamo
+
     import trainkit.launch
     import trainkit.run  # noqa: F401  # so that children have them
 
