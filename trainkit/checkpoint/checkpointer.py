@@ -76,7 +76,8 @@ class Checkpointer:
             UserError: it is read-only or too full.
         """
         self._host.first_does(lambda: self.shelf.try_the_disk(expected_bytes))
-        self._time = store.newest_time(self.folder.parent.parent)
+        if self._host.rank == 0:
+            self._time = store.newest_time(self.folder.parent.parent)
         if self._asynchronous and not room_for(expected_bytes):
             self._asynchronous = False
             self.notes.append(
