@@ -139,21 +139,6 @@ def test_the_history_outlives_a_crash_right_after_it(monkeypatch: pytest.MonkeyP
     assert torch.equal(weights(again), weights(done))
 
 
-def test_a_rewind_is_durable_before_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    """A kill between the two must find it: else the same batches are learned from, and go bad, again."""
-    with_many(place)
-    poison(monkeypatch, only_in(batches(), 7))
-    restore, known = Trainer.restore, []
-
-    def restored(self: Trainer, tensors: Any, state: Any) -> None:
-        known.append(len(json.loads(Path("runs/t/history.json").read_text())))
-        restore(self, tensors, state)
-
-    monkeypatch.setattr(Trainer, "restore", restored)
-    fit("guard.policy=rewind", "guard.pass_over=1", "checkpoint.every=3")
-    assert known == [1]
-
-
 def test_a_run_that_goes_bad_again_and_again_stops(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     with_many(place)
     poison(monkeypatch, {i for ids in batches()[4:] for i in ids})
