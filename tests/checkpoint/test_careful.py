@@ -98,3 +98,11 @@ def test_a_manifest_in_other_words_is_another_manifest() -> None:
     file.write_text(json.dumps(value, indent=1))
     with pytest.raises(manifests.BadCheckpoint, match="does not have its own hash"):
         store.load(path)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "a/b", "", ".hidden", manifests.NAME, "x" * 129])
+def test_a_manifest_names_no_file_outside_its_folder(name: str) -> None:
+    """Whoever fetches a checkpoint from a remote writes files of these names."""
+    its = {"size": 1, "xxh3_128": "0"}
+    with pytest.raises(manifests.BadCheckpoint, match="it names a file"):
+        manifests.decode(manifests.Manifest("t", 1, 1.0, {}, {}, {name: its}, {}).encode())
