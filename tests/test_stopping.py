@@ -18,6 +18,7 @@ from tests.conftest import SMALL
 from tests.ranks import free_port
 from trainkit import launch
 from trainkit.checkpoint import find, load
+from trainkit.signals import Signals, StopNow
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRAINKIT": f"{Path(sys.executable).parent}/trainkit"}
@@ -109,6 +110,25 @@ def test_a_stop_at_any_moment_is_a_clean_one(how: list[str]) -> None:
     lines = [json.loads(line) for line in Path("runs/stopped/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert same("stopped", "whole")
+
+
+def test_a_stop_of_which_others_make_an_error_is_still_a_stop() -> None:
+    """A compiler in the middle of its work, or a callback from C."""
+    with pytest.raises(StopNow, match="stopped by SIGTERM before the first step") as found:
+        compile_under(Signals(), immediate=True)
+    assert found.value.exit_code == 75
+    with pytest.raises(RuntimeError, match="the backend failed"):
+        compile_under(Signals(lambda note: None), immediate=False)  # from the first step on it is the loop that stops
+
+
+def compile_under(signals: Signals, *, immediate: bool) -> None:
+    with signals:
+        signals.immediate = immediate
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except StopNow as error:
+            raise RuntimeError("the backend failed") from error
+        raise RuntimeError("the backend failed")
 
 
 @pytest.mark.timeout(120)

@@ -29,6 +29,7 @@ from trainkit.units import human_bytes, human_count
 from trainkit.watchdog import Watchdog
 
 MIRROR_WAIT_S = 600.0  # for what is still being sent when a run ends
+OTHERS_WAIT_S = 30.0  # for a save that may be waiting for a rank which is not there any more
 Report = Callable[[int, int, str], None]
 
 
@@ -101,7 +102,7 @@ def trainer(
     joined.host.first_does(lambda: lock.__enter__() and None)
     error: BaseException | None = None
     try:
-        with _trainer(run, folder, joined, start, report, signals or Signals()) as made:
+        with _trainer(run, folder, joined, start, report, signals or Signals(), lock) as made:
             yield made
     except BaseException as raised:
         error = raised
@@ -115,7 +116,13 @@ def trainer(
 
 @contextmanager
 def _trainer(
-    run: Run, folder: Path, joined: Ranks, start: Path | None, report: Report | None, signals: Signals
+    run: Run,
+    folder: Path,
+    joined: Ranks,
+    start: Path | None,
+    report: Report | None,
+    signals: Signals,
+    lock: RunLock,
 ) -> Iterator[Trainer]:
     trackers = run.tracking.build(folder) if joined.first else Trackers([])
     notifier = Notifier(run.notify if joined.first else (), run.name, trackers.note)
@@ -131,6 +138,7 @@ def _trainer(
         host=joined.host,
         saving=joined.saving,
         mirror=mirror,
+        check_owner=lock.check,
     )
     checkpointer.preflight(_checkpoint_bytes(it))
     joined.host.first_does(lambda: runs.claim(folder, run))
@@ -183,6 +191,9 @@ def _trainer(
     made.saves.pass_on()
     try:
         yield made
+    except BaseException:
+        checkpointer.wait(OTHERS_WAIT_S if joined.size > 1 else None)
+        raise
     finally:
         made.profiler.close()
         checkpointer.wait()

@@ -56,6 +56,8 @@ class Signals:
         self._done.set()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() itself returned
+        if self.asked is not None and self.immediate and isinstance(error, Exception):
+            raise self._stopped() from error  # a compiler that is interrupted makes an error of its own of it
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         if number == SAVING:
@@ -66,9 +68,12 @@ class Signals:
         first = self.asked is None
         self._ask(self.asked or signal.Signals(number).name)
         if self.immediate:
-            raise StopNow(f"stopped by {self.asked} before the first step: nothing is lost")
+            raise self._stopped()
         if first:
             self.note(f"{self.asked}: saving, then leaving (Ctrl-C again leaves at once)")
+
+    def _stopped(self) -> StopNow:
+        return StopNow(f"stopped by {self.asked} before the first step: nothing is lost")
 
     def _ask(self, why: str) -> None:
         self.asked, self.since = why, time.monotonic()

@@ -127,33 +127,49 @@ def test_a_server_that_comes_up_later(proxy: Proxy, server: Server) -> None:
     assert content(Remote(URL).download("t", None, Path("here"), print)) == content(newer)
 
 
-@pytest.mark.parametrize("lose", [False, True], ids=["kept", "lost"])
-def test_a_server_that_is_killed_in_the_middle_of_an_upload(proxy: Proxy, server: Server, lose: bool) -> None:
-    """Stopped, and there again as it was; or a process of its own, killed with all that it holds in memory."""
-    command, home, processes = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"], proxy.backend, []
-    if lose:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            proxy.backend = free.getsockname()[1]
-        processes.append(start(command, proxy.backend))
+def test_a_server_that_is_gone_at_every_request_of_an_upload(proxy: Proxy, server: Server) -> None:
+    """No half checkpoint is ever listed, and when it is there again the mirror catches up by itself."""
+    notes: list[str] = []
+    it = mirror(notes)
+    for number in itertools.count(1):
+        new = saved(number, size=100)
+        proxy.break_at(number, "", act=server.stop)
+        it.submit(new)
+        until(lambda number=number: it.state["problem"] or it.state["uploaded_step"] == number)
+        reached = proxy.requests >= number
+        proxy.heal()
+        if reached:
+            server.start()
+        there = list(Remote(URL).checkpoints("t"))
+        assert there in ([*range(1, number)], [*range(1, number + 1)]), number
+        until(lambda number=number: it.state["uploaded_step"] == number)
+        assert content(Remote(URL).download("t", number, Path("here"), print)) == content(new)
+        if not reached:
+            break
+    it.close(PATIENCE_S)
+    assert number > 11
+
+
+def test_a_server_that_is_killed_with_all_that_it_holds(proxy: Proxy) -> None:
+    """A process of its own, that has everything in memory."""
+    command, home = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"], proxy.backend
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        proxy.backend = free.getsockname()[1]
+    processes = [start(command, proxy.backend)]
     notes: list[str] = []
     it = mirror(notes)
     try:
-        for step, number in ((1, 9), (2, 6)) if lose else ((1, 9),):
-            proxy.break_at(number, "", act=lambda: processes[-1].kill() if lose else server.stop())
+        for step, number in ((1, 9), (2, 6)):
+            proxy.break_at(number, "", act=lambda: processes[-1].kill())
             it.submit(saved(step))
             until(lambda: it.state["problem"])
-            if lose:
-                assert processes[-1].wait() != 0
-                processes.append(start(command, proxy.backend))
-            else:
-                server.start()
+            assert processes[-1].wait() != 0
+            processes.append(start(command, proxy.backend))
             until(lambda step=step: it.state["uploaded_step"] == step)
             proxy.heal()
-            there = Remote(URL).checkpoints("t")
-            assert list(there) == ([step] if lose else list(range(1, step + 1)))
-            for its in there:
-                found = Remote(URL).download("t", its, Path(f"here-{step}"), print)
-                assert content(found) == content(Path("runs/t/checkpoints") / found.name)
+            assert list(Remote(URL).checkpoints("t")) == [step]
+            found = Remote(URL).download("t", step, Path(f"here-{step}"), print)
+            assert content(found) == content(Path("runs/t/checkpoints") / found.name)
         it.close(PATIENCE_S)
     finally:
         proxy.backend = home

@@ -1,5 +1,6 @@
 """Trackers: what they write, what they survive, and that a run survives them."""
 
+import errno
 import io
 import json
 import math
@@ -32,6 +33,10 @@ VALIDATION = {"val_loss": 2.25, "val_perplexity": 9.5, "val_bits_per_byte": 3.25
 
 def run(tracker: Any, begin: int, end: int, **other: float) -> Any:
     tracker.start(HEADER, begin, 10, "name: t\n")
+    return run_on(tracker, begin, end, **other)
+
+
+def run_on(tracker: Any, begin: int, end: int, **other: float) -> Any:
     for step in range(begin + 1, end + 1):
         tracker.log(step, METRICS | {"loss": 1.0 * step, "eta_s": 5.0} | other)
     return tracker
@@ -95,6 +100,40 @@ def test_jsonl_is_cut_back_to_where_the_run_goes_on() -> None:
         file.write('{"step": 8, "los')
     run(Jsonl().build(Path()), 4, 6).close("x")
     assert [line["step"] for line in lines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_jsonl_waits_for_room_on_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, room = os.write, [10**6]
+
+    def write(descriptor: int, data: bytes) -> int:
+        took = min(len(data), room[0])
+        if not took:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room[0] -= took
+        return real(descriptor, data[:took])
+
+    monkeypatch.setattr(os, "write", write)
+    tracker = run(Jsonl().build(Path()), 0, 3)
+    room[0] = 20  # less than a line
+    run_on(tracker, 3, 6)
+    assert Path("metrics.jsonl").read_bytes().endswith(b"\n")
+    assert [line["step"] for line in lines()] == [1, 2, 3]
+    room[0] = 10**6
+    tracker.note("saved step 6")
+    assert [line["step"] for line in lines()] == [1, 2, 3, 4, 5, 6]
+    room[0] = 0
+    run_on(tracker, 6, 9)
+    tracker.go_back(7)
+    room[0] = 10**6
+    run_on(tracker, 7, 9)
+    assert [line["step"] for line in lines()] == list(range(1, 10))
+    room[0] = 0
+    tracker.go_back(4)  # takes no room
+    assert [line["step"] for line in lines()] == [1, 2, 3, 4]
+    tracker.close("done")
+    assert capsys.readouterr().err.count("waits for room") == 1
 
 
 def test_jsonl_survives_kills_without_a_doubled_step() -> None:

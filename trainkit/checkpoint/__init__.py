@@ -1,6 +1,6 @@
 """Checkpoints: when one is due, saving it, keeping the right ones, and finding the newest that is good."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -70,9 +70,10 @@ class Checkpoint:
         host: Group | None = None,
         saving: Group | None = None,
         mirror: Mirror | None = None,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> Checkpointer:
         """A checkpointer in a run's folder. `host` and `saving` are the ranks that save together, in the loop and behind
-        it; `mirror` is the first rank's."""
+        it; `mirror` is the first rank's. `check_owner` raises OSError where the folder is not this process's any more."""
         return Checkpointer(
             folder / FOLDER,
             folder.name,
@@ -83,4 +84,5 @@ class Checkpoint:
             host=host or Group(),
             saving=saving or Group(),
             mirror=mirror,
+            check_owner=check_owner,
         )

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from trainkit.checkpoint.staging import Staging, room_for
 from trainkit.checkpoint.store import Loaded, Places
 from trainkit.checkpoint.writing import Draft
 from trainkit.errors import DamagedError
-from trainkit.parallel import ElsewhereError, Group
+from trainkit.parallel import ElsewhereError, Group, LostRankError
 from trainkit.units import human_bytes
+
+TICK_S = 0.001  # by which a checkpoint is newer than the one before it, at least
 
 
 class SaveFailed(RuntimeError):
@@ -52,15 +54,19 @@ class Checkpointer:
         host: Group,
         saving: Group,
         mirror: Mirror | None,
+        check_owner: Callable[[], None],
     ) -> None:
         self.notes: list[str] = []  # what a person should be told of what was found or could not be removed
         held = mirror.holds if mirror else set
         self.folder, self.shelf, self._mirror = folder, Shelf(folder, keeping, self.notes, held), mirror
         self._run, self._versions, self._packed = run, versions, packed_names
         self._asynchronous, self._host, self._saving = asynchronous, host, saving
+        self._check_owner = check_owner
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._last: Draft | None = None  # whose plan holds for the next, usually
+        self._time = 0.0  # of the newest checkpoint here, whatever the clock says
+        self._lost: LostRankError | None = None
         self._outcomes: list[Outcome] = []
 
     def preflight(self, expected_bytes: int) -> None:
@@ -70,6 +76,8 @@ class Checkpointer:
             UserError: it is read-only or too full.
         """
         self._host.first_does(lambda: self.shelf.try_the_disk(expected_bytes))
+        if self._host.rank == 0:
+            self._time = store.newest_time(self.folder.parent.parent)
         if self._asynchronous and not room_for(expected_bytes):
             self._asynchronous = False
             self.notes.append(
@@ -119,14 +127,20 @@ class Checkpointer:
         self._thread.start()
 
     def finished(self) -> list[Outcome]:
-        """How saves ended since this was asked last, on this rank."""
+        """How saves ended since this was asked last, on this rank.
+
+        Raises:
+            LostRankError: another rank is not there any more, so that there will be no other save.
+        """
+        if self._lost is not None:
+            raise self._lost
         done, self._outcomes = self._outcomes, []
         return done
 
-    def wait(self) -> None:
-        """Wait for the save that is under way, if one is."""
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for the save that is under way, if one is; after `timeout_s` seconds it is given up."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
             self._thread = None
 
     def load_latest(self, places: Places = store.on_cpu) -> Loaded | None:
@@ -179,6 +193,10 @@ class Checkpointer:
         problems = [problem for problem in self._host.all_do(attempt) if problem]
         return (None, problems[0]) if problems else (found[0], "")
 
+    def _make_way(self, it: Draft) -> None:
+        self._check_owner()
+        self.shelf.make_way(self.folder / store.step_name(it.step), it.size)
+
     def _keep(self) -> None:
         """Prune, here and on the mirror, which gets the newest checkpoint, and the newest that is to be kept longer."""
         self.shelf.prune()
@@ -193,9 +211,21 @@ class Checkpointer:
         """Write a draft, prune, and note how it ended. Never raises: what went wrong is in the outcome."""
         error: SaveFailed | None = None
         try:
-            group.first_does(lambda: self.shelf.make_way(self.folder / store.step_name(it.step), it.size))
-            writing.commit(self.folder, self._run, it, group=group, versions=self._versions)
+            group.first_does(lambda: self._make_way(it))
+            self._time = max(time.time(), self._time + TICK_S)
+            writing.commit(
+                self.folder,
+                self._run,
+                it,
+                group=group,
+                versions=self._versions,
+                check_owner=self._check_owner,
+                not_before=self._time,
+            )
             group.first_does(self._keep)
+        except LostRankError as lost:
+            self._lost = lost
+            return
         except (OSError, ValueError, RuntimeError) as raised:
             error = SaveFailed(f"step {it.step} could not be saved to {self.folder}: {_reason(raised)}")
         seconds = time.perf_counter() - begin

@@ -1,6 +1,7 @@
 """One process a run. The kernel holds the lock, so that one whose holder was killed is free at once."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -26,9 +27,21 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         self._made = [p for p in (self._path.parent, *self._path.parent.parents) if not p.exists()]
+        while not self._locked():
+            pass  # another process removed what was opened: see __exit__
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with contextlib.suppress(OSError):  # on a full disk nobody is named; whether the run can be is found out later
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(me).encode(), 0)
+        return self
+
+    def _locked(self) -> bool:
+        """Lock the file; False when it is another one by now."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            return False  # the folder went between the two
         except OSError as error:
             raise UserError(
                 f"{self._path.parent} cannot be written: {error.strerror}; choose another --runs"
@@ -41,10 +54,23 @@ class RunLock:
             raise UserError(
                 f"the run {self._path.parent.name} is in use by {holder}: wait for it, stop it, or choose another name"
             ) from error
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(me).encode(), 0)
-        return self
+        if self._is_there():
+            return True
+        os.close(self._descriptor)
+        return False
+
+    def check(self) -> None:
+        """Raise OSError where the folder of that name is not the one that was locked: it was moved away or removed, and
+        what stands there now may be another process's."""
+        if not self._is_there():
+            raise OSError(errno.ESTALE, f"{self._path.parent} was moved or removed while this process used it")
+
+    def _is_there(self) -> bool:
+        try:
+            there, mine = os.stat(self._path), os.fstat(self._descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

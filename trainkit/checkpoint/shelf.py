@@ -47,6 +47,7 @@ class Shelf:
         Raises:
             OSError: there is no room.
         """
+        self.sweep(ignore_errors=True)  # what a save that failed could not remove, because the disk refused that too
         if final.exists():
             self.set_aside(final, "it stood where a new one belongs")
         needed = SPARE * size
@@ -105,10 +106,10 @@ class Shelf:
                 f"free some space, lower checkpoint.keep, or choose another disk with --runs"
             )
 
-    def sweep(self) -> None:
-        """Remove what earlier processes left half written or half removed."""
+    def sweep(self, *, ignore_errors: bool = False) -> None:
+        """Remove what earlier saves, or processes, left half written or half removed."""
         for left in [*self.folder.glob(f"{store.PARTIAL}*"), *self.folder.glob(f"{store.TRASH}*")]:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=ignore_errors)
 
     def set_aside_after(self, step: int) -> None:
         """Set all aside that are newer than `step`."""

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,17 @@ def whole(root: Path) -> list[tuple[Path, Manifest]]:
         with contextlib.suppress(BadCheckpoint):
             found.append((path, inspect(path)))
     return found
+
+
+def newest_time(root: Path) -> float:
+    """When the newest checkpoint of all runs in `root` was saved, as it says itself (0 where there is none): a clock that was
+    set back since must not make a newer one look older. One of more than a year ahead is not believed."""
+    newest = 0.0
+    for run in root.glob(f"*/{FOLDER}"):
+        with contextlib.suppress(BadCheckpoint, OSError):
+            for path in folders(run)[-1:]:
+                newest = max(newest, inspect(path).time)
+    return newest if newest < time.time() + 366 * 86400 else 0.0
 
 
 def inspect(path: Path) -> Manifest:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,16 @@ def draft(
     )
 
 
-def commit(folder: Path, run: str, it: Draft, *, group: Group, versions: Mapping[str, str]) -> Path:
+def commit(
+    folder: Path,
+    run: str,
+    it: Draft,
+    *,
+    group: Group,
+    versions: Mapping[str, str],
+    check_owner: Callable[[], None] = lambda: None,
+    not_before: float = 0.0,
+) -> Path:
     """Save a checkpoint, all ranks together. When this returns it is on the disk, under its final name, and was read back
     and verified before it got that name.
 
@@ -93,8 +102,8 @@ def commit(folder: Path, run: str, it: Draft, *, group: Group, versions: Mapping
         written: dict[str, Any] = {}
         for of_rank in group.all_do(lambda: _write_shards(partial, it, group.rank)):
             written |= of_rank
-        manifest = Manifest(run, it.step, time.time(), versions, it.facts, written, it.tensors)
-        group.first_does(lambda: _finish(partial, final, it, manifest))
+        manifest = Manifest(run, it.step, max(time.time(), not_before), versions, it.facts, written, it.tensors)
+        group.first_does(lambda: _finish(partial, final, it, manifest, check_owner))
     except BaseException:
         if group.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -128,7 +137,7 @@ def _written(path: Path, parts: Any) -> dict[str, int | str]:
     return facts
 
 
-def _finish(partial: Path, final: Path, it: Draft, manifest: Manifest) -> None:
+def _finish(partial: Path, final: Path, it: Draft, manifest: Manifest, check_owner: Callable[[], None]) -> None:
     small = {
         name: _written(partial / name, [content])
         for name, content in {**it.carried, STATE: manifests.canonical(it.state)}.items()
@@ -136,4 +145,5 @@ def _finish(partial: Path, final: Path, it: Draft, manifest: Manifest) -> None:
     whole = replace(manifest, files={**manifest.files, **small})
     _written(partial / manifests.NAME, [whole.encode()])
     sync_folder(partial)
+    check_owner()
     files.rename_new(partial, final)

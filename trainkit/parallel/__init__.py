@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from trainkit.config import config
 from trainkit.errors import UserError
-from trainkit.parallel.group import ElsewhereError, Group
+from trainkit.parallel.group import ElsewhereError, Group, LostRankError
 from trainkit.parallel.pace import straggler
 from trainkit.parallel.ranks import Ranks
 
 TIMEOUT = timedelta(minutes=10)  # a rank that says nothing for so long is taken for dead
 
-__all__ = ["ElsewhereError", "Group", "Parallel", "Ranks", "straggler"]
+__all__ = ["ElsewhereError", "Group", "LostRankError", "Parallel", "Ranks", "straggler"]
 
 
 @config

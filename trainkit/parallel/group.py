@@ -1,7 +1,8 @@
 """Small words between ranks, on the host, as JSON: torch's own object collectives would send pickles."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,16 @@ class ElsewhereError(RuntimeError):
         self.exit_code, self.text = code, text
 
 
+class LostRankError(RuntimeError):
+    """Another rank is not there any more. Nothing that takes all of them can be done again by this process."""
+
+    exit_code = FAILED
+
+
 @dataclass(frozen=True)
 class Group:
-    """Ranks that can talk. Alone there is nobody to wait for. Every method is called by all of them, in the same order."""
+    """Ranks that can talk. Alone there is nobody to wait for. Every method is called by all of them, in the same order,
+    and raises LostRankError where one of them does not answer."""
 
     rank: int = 0
     size: int = 1
@@ -33,12 +41,14 @@ class Group:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(mine)]), group=self.process_group)
+        with _together():
+            dist.all_gather(lengths, torch.tensor([len(mine)]), group=self.process_group)
         longest = max(int(n) for n in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(mine)] = mine
         words = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(words, padded, group=self.process_group)
+        with _together():
+            dist.all_gather(words, padded, group=self.process_group)
         return [json.loads(bytes(w[: int(n)].numpy())) for w, n in zip(words, lengths, strict=True)]
 
     def max(self, value: int) -> int:
@@ -46,7 +56,8 @@ class Group:
         if self.size == 1:
             return value
         largest = torch.tensor([value])
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.process_group)
+        with _together():
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.process_group)
         return int(largest)
 
     def all_do(self, work: Callable[[], Any]) -> list[Any]:
@@ -81,3 +92,11 @@ class Group:
             ElsewhereError: it failed there.
         """
         return self.all_do(lambda: work() if self.rank == 0 else None)[0]
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's own: a closed connection, or a timeout
+        raise LostRankError(f"another rank does not answer: {error}") from error

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def save(it: Checkpointer, step: int) -> None:
             raise outcome.error
 
 
-def begin(group: Group, folder: str, fault: str, at: int, sticky: int, log: str, victim: int) -> dict[str, object]:
+def begin(
+    group: Group, folder: str, fault: str, at: int, sticky: int, log: str, victim: int, wait_s: float
+) -> dict[str, object]:
     it = checkpointer(folder, group)
     it.preflight(0)
     save(it, 1)
@@ -60,9 +63,13 @@ def begin(group: Group, folder: str, fault: str, at: int, sticky: int, log: str,
     try:
         save(it, 3)
     except SaveFailed as error:
-        return {"acknowledged": 2, "failed": str(error), "calls": SHIM.shim_disarm()}
+        calls = SHIM.shim_disarm()
+        if fault.isdigit():  # the disk is well again, and nobody has died
+            save(it, 3)
+        return {"acknowledged": 3 if fault.isdigit() else 2, "failed": str(error), "calls": calls}
     calls = SHIM.shim_disarm()
     if fault == "cut":  # none of the calls was cut, so now: what was acknowledged has to be there
+        time.sleep(wait_s)
         SHIM.shim_cut()
     return {"acknowledged": 3, "calls": calls}
 

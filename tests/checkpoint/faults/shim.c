@@ -1,5 +1,5 @@
 /* Counts the system calls of a save that change a disk, writes them down, and makes the one it is told to go wrong.
-   FAULT_AT: which call (from 1); FAULT: kill, torn (half of a write, then kill), short (half of a write), cut (the file
+   FAULT_AT: which call (from 1); FAULT: kill, stop, torn (half of a write, then kill), short (half of a write), cut (the file
    system in POWER_CUT forgets all that is not on its disk, then kill) or an errno. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -46,6 +46,7 @@ static int decide(const char *name, const char *path, int fd) {
     }
     if (count != at && !(sticky && at && count > at)) return 0;
     if (!strcmp(fault, "kill")) { kill(getpid(), SIGKILL); pause(); }
+    if (!strcmp(fault, "stop")) { kill(getpid(), SIGSTOP); return 0; }
     if (!strcmp(fault, "cut")) shim_cut();
     if (!strcmp(fault, "torn")) return 3;
     if (!strcmp(fault, "short")) return 2;

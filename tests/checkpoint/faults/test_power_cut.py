@@ -1,44 +1,23 @@
-"""The power is cut at every system call of a save, and right after it was acknowledged, on a file system of its own."""
+"""The power is cut at every system call of a save, and at once or later after it was acknowledged, on file systems of their
+own. `scripts/power_cuts` waits longer."""
 
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.faults.conftest import Job
-from tests.checkpoint.faults.test_every_call import ASYNCHRONOUS, SYNCHRONOUS, begin
-
-MIB = 48
-
-
-class Disk:
-    """An ext4 file system in a file, mounted at `folder`."""
-
-    def __init__(self, place: Path) -> None:
-        self.image, self.folder = place / "image", place / "disk"
-        self.folder.mkdir()
-        with self.image.open("wb") as file:
-            file.truncate(MIB << 20)
-        subprocess.run(["mkfs.ext4", "-q", "-F", self.image], check=True, capture_output=True)
-
-    def mount(self) -> None:
-        done = subprocess.run(["mount", "-o", "loop", self.image, self.folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mount does not work here: {done.stderr.strip()}")
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", self.folder], check=True)
+from tests.checkpoint.faults.client import Job, begin, resume
+from tests.checkpoint.faults.disk import MIB, Disk, NoDisk
+from tests.checkpoint.faults.test_every_call import ASYNCHRONOUS, SYNCHRONOUS
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
-        pytest.skip("a file system to cut the power of takes root and mkfs.ext4")
-    it = Disk(tmp_path)
-    it.mount()
+@pytest.fixture(params=MIB)
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
+    try:
+        it = Disk(tmp_path, request.param)
+    except NoDisk as why:
+        pytest.skip(str(why))
     yield it
     it.unmount()
 
@@ -52,9 +31,8 @@ def test_what_was_acknowledged_outlives_a_power_cut(job: Job, disk: Disk) -> Non
         folder = disk.folder / f"run-{at}"
         outcome = job(begin(folder, "cut", at))
         assert outcome["killed"] == [True], (at, outcome)
-        disk.unmount()
-        disk.mount()
-        found[at] = job({"resume": {"folder": str(folder)}})
+        disk.again()
+        found[at] = job(resume(folder))
         assert "error" not in found[at], (at, found[at])
         assert found[at]["whole"], (at, found[at])
         assert found[at]["step"] in (2, 3), at
@@ -62,3 +40,8 @@ def test_what_was_acknowledged_outlives_a_power_cut(job: Job, disk: Disk) -> Non
         shutil.rmtree(folder)
     assert found[calls + 1]["step"] == 3
     assert found[1]["step"] == 2
+    outcome = job(begin(disk.folder / "later", "cut", calls + 1, wait_s=1.0))
+    assert outcome["killed"] == [True], outcome
+    disk.again()
+    later = job(resume(disk.folder / "later"))
+    assert (later["step"], later["whole"], later["next"]) == (3, True, 4)
