@@ -48,6 +48,7 @@ FLOORS = [
     {
         "benchmark",
         "build",
+        "header",
         "checkpoints",
         "convert",
         "unpickle",

@@ -72,20 +72,6 @@ def test_checkpointing_really_runs_blocks_again(learner: Callable[..., Learner])
             block.attention.register_forward_pre_hook(count)
         it.train_step()
         assert counts == calls
-    it = learner("memory=checkpoint", "memory.checkpoint.every=2", "model.depth=4")
-    assert [hasattr(b.forward, "func") for b in it.model.backbone.blocks] == [True, False] * 2  # type: ignore[union-attr]
-
-
-def test_offloading_really_moves_what_blocks_save(
-    learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trainkit.memory import offload_activations
-
-    used = []
-    real = offload_activations.save_on_cpu
-    monkeypatch.setattr(offload_activations, "save_on_cpu", lambda **how: used.append(how) or real(**how))
-    learner("memory=offload_activations").train_step()
-    assert used == [{"pin_memory": False}] * 2
 
 
 @pytest.mark.parametrize("higher", [False, True])

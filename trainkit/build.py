@@ -15,6 +15,7 @@ from trainkit.checkpoint import Loaded, store
 from trainkit.checkpoint.lock import RunLock
 from trainkit.checkpoint.mirror import Mirror
 from trainkit.errors import DamagedError, UserError
+from trainkit.header import checkpoint_bytes, header
 from trainkit.learner import Learner
 from trainkit.notify import Notifier
 from trainkit.parallel import Ranks
@@ -25,7 +26,6 @@ from trainkit.signals import Signals
 from trainkit.throughput import Meter
 from trainkit.tracking import Trackers
 from trainkit.trainer import Trainer
-from trainkit.units import human_bytes, human_count
 from trainkit.watchdog import Watchdog
 
 MIRROR_WAIT_S = 600.0  # for what is still being sent when a run ends
@@ -140,7 +140,7 @@ def _trainer(
         mirror=mirror,
         check_owner=lock.check,
     )
-    checkpointer.preflight(_checkpoint_bytes(it))
+    checkpointer.preflight(checkpoint_bytes(it))
     joined.host.first_does(lambda: runs.claim(folder, run))
     begin = time.perf_counter()
     found = checkpointer.load(start, it.places) if start else checkpointer.load_latest(it.places)
@@ -216,29 +216,6 @@ def _opened(run: Run, joined: Ranks, report: Report | None) -> Any:
     return run.data.open()
 
 
-def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> dict[str, str]:
-    """What a person wants to see before a run starts."""
-    it, meter = trainer.learner, trainer.meter
-    device, ways = it.ranks.device, it.ranks.size
-    micro = it.fitting.rows
-    accumulated = -(-run.data.batch // ways // micro)
-    peak = f"{meter.peak_flops / 1e12:.2f} TFLOP/s measured in {run.precision.compute or run.precision.params}"
-    return {
-        "run": f"{run.name}, step {it.step} to {trainer.stop_at}"
-        if it.step
-        else f"{run.name}, {trainer.stop_at} steps",
-        "model": f"{human_count(run.model.parameters())} parameters{_trained(run, it)}",
-        "data": f"{corpus.name}: {human_count(corpus.train_tokens)} tokens to learn from, "
-        f"{human_count(corpus.validation_tokens)} held out, tokenizer {corpus.tokenizer.name}",
-        "device": f"{hardware.name(device)}, {peak}",
-        "batch": f"{micro} rows × {accumulated} accumulated × {ways} rank{'s' if ways > 1 else ''} = {run.data.batch} "
-        f"rows of {run.data.length}: {human_count(meter.tokens_per_step)} tokens a step, "
-        f"{run.data.batch * run.steps / _samples(it):.1f} epochs",
-        **({"mirror": mirror.describe()} if mirror else {}),
-        "memory": f"{run.memory.describe()}; a checkpoint takes {human_bytes(_checkpoint_bytes(it))}",
-    }
-
-
 def _compile(model: Any, how: str) -> None:
     if how == "blocks":
         for block in model.backbone.blocks:
@@ -253,23 +230,6 @@ def _refuse_small_vocabulary(vocab: int, run: Run) -> None:
             f"the tokenizer has {vocab} ids and model.vocab={run.model.vocab} has no room for them: "
             f"use model.vocab={-(-vocab // 64) * 64} or a smaller tokenizer"
         )
-
-
-def _checkpoint_bytes(it: Learner) -> int:
-    """How much a checkpoint takes: two moments beside every parameter at most, and of bfloat16 the weights in float32."""
-    learns = sum(p.numel() * 12 if p.itemsize == 2 else 2 * p.nbytes for p in it.parameters)
-    return learns + sum(p.nbytes for p in it.model.parameters())
-
-
-def _trained(run: Run, it: Learner) -> str:
-    """How much of it learns, if not all."""
-    adapter = run.model.adapter
-    count = human_count(sum(p.numel() for p in it.parameters))
-    return "" if adapter is None else f", frozen; {adapter.kind} learns {count}"
-
-
-def _samples(it: Learner) -> float:
-    return it.loader.batch / max(it.loader.epoch(1), 1e-12)
 
 
 def _facts(corpus: Any) -> dict[str, Any]:
