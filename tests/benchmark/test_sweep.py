@@ -8,7 +8,7 @@ from trainkit.benchmark import suites
 from trainkit.benchmark.command import completing
 from trainkit.benchmark.sweep import experiment, values
 from trainkit.choices import CONF
-from trainkit.cli import _complete
+from trainkit.cli_options import complete
 from trainkit.errors import UserError
 
 
@@ -134,7 +134,7 @@ def test_the_seeds_suite_has_both_experiments() -> None:
 
 
 def test_the_last_of_several_choices_is_completed() -> None:
-    complete = completing(_complete)
+    complete = completing(complete)
     assert complete("mem") == ["memory="]
     assert complete("memory=check") == ["memory=checkpoint"]
     assert complete("memory=baseline,check") == ["memory=baseline,checkpoint"]
