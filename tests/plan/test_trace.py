@@ -32,8 +32,16 @@ def traced(*overrides: str, device: Device, depth: int | None = None, documents:
 @pytest.mark.parametrize(
     "cell",
     [
-        ["model=tiny", "data.batch=8", "precision=bf16", "memory.microbatch=3"],
-        ["model=tiny", "data.batch=8", "memory=checkpoint", "model.vocab=20000", bench.ONE],
+        ["model=tiny", "data.batch=8", "precision=bf16", "memory.microbatch=3", "model.vocab=20000"],
+        ["model=tiny", "data.batch=1", "data.length=32", "memory=checkpoint", "model.vocab=20000", bench.ONE],
+        [
+            "model=tiny",
+            "data.batch=40",
+            "data.length=128",
+            "memory=checkpoint",
+            "memory.microbatch=1",
+            "model.vocab=40000",
+        ],
         ["model=tiny", "data.batch=8", "model.dropout=0.1", "optimizer=muon", "memory=offload_activations"],
         ["model=gpt2", "model.width=96", "model.depth=3", "data.batch=4", "precision=bf16", "optimizer=sgd"],
     ],
@@ -81,11 +89,11 @@ def test_checkpointing_runs_the_forward_again() -> None:
     once, again = (
         traced("model.depth=4", how, device=CPU.device(1)) for how in ("memory=baseline", "memory=checkpoint")
     )
-    head = 4 * 16 * 64 * 64 * 512 / 2  # of forward and its product in the loss nothing is run again
+    tokens = 16 * 64
+    head = 2 * tokens * 64 * 512
+    last = 4 * 2 * tokens * 256 * 64  # a block's last product is not made again: nothing asks for its result
     assert again["flops", "forward"] == once["flops", "forward"]
-    assert again["flops", "backward"] - once["flops", "backward"] == pytest.approx(
-        once["flops", "forward"] - head, rel=0.01
-    )
+    assert again["flops", "backward"] - once["flops", "backward"] == once["flops", "forward"] - head - last
 
 
 def test_work_counts_every_microbatch_and_one_update() -> None:
@@ -121,8 +129,9 @@ def test_of_a_sharded_model_a_rank_of_256_holds_its_slice() -> None:
     found = planned(*overrides, card=H100, ranks=256)
     slices = 16 * found.parameters / 256  # parameters, gradients and two moments
     assert found.checkpoint_bytes == pytest.approx(slices * 3 / 4, rel=0.05)
-    whole_block = 4 * runs.composed([*SMALL, *overrides, "name=t"]).model.parameters() / 3
-    assert slices < found.peaks["training"] < slices + 2 * whole_block + 30e6
+    deeper = planned(*overrides, "model.depth=6", card=H100, ranks=256)
+    states = 16 * (deeper.parameters - found.parameters)  # of three more blocks, on all ranks together
+    assert 0 < deeper.peaks["training"] - found.peaks["training"] < 0.2 * states  # kept whole they would add a quarter
     assert found.sent_bytes > 2 * 4 * found.parameters
 
 
@@ -138,7 +147,8 @@ def test_categories_add_up_and_are_what_they_say() -> None:
 def test_a_gpu_hands_memory_out_in_pieces_and_fuses_norms() -> None:
     on_gpu, on_cpu = (planned("model.depth=3", "data.batch=4", card=card) for card in (H100, CPU))
     assert on_gpu.by_category["parameters"] % 512 == 0
-    assert on_gpu.by_category["activations"] < on_cpu.by_category["activations"]
+    normed = 6 * 4 * 64 * 64 * 4  # what two norms a block keep on a CPU beside their input
+    assert on_gpu.by_category["activations"] < on_cpu.by_category["activations"] - 0.9 * normed
 
 
 def test_dropout_in_attention_is_fused_on_a_gpu() -> None:

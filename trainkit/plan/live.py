@@ -230,7 +230,7 @@ class Live(TorchDispatchMode):
     def _summed_in_place(self, args: Any) -> Any:
         """The gradients that autograd sums into the buffer of one, which it does not do with fake tensors.
 
-        torch/csrc/autograd/input_buffer.cpp: where nobody else holds the one or the other, nothing new is made.
+        torch/csrc/autograd/input_buffer.cpp: where nobody else holds the first one, nothing new is made.
         """
         if len(args) < 2 or not isinstance(args[1], Tensor) or torch._C._current_graph_task_id() == -1:
             return None
@@ -238,10 +238,9 @@ class Live(TorchDispatchMode):
             return None
         if not _called_by_the_engine():
             return None
-        for mine, other in ((args[0], args[1]), (args[1], args[0])):
-            if _references(mine) <= self._alone and mine.untyped_storage().nbytes() == mine.nbytes:
-                return mine, other
-        return None
+        held = args[0]
+        alone = _references(held) <= self._alone and held.untyped_storage().nbytes() == held.nbytes
+        return (held, args[1]) if alone else None
 
 
 def plain(tensor: Tensor) -> Iterator[Tensor]:

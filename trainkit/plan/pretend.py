@@ -78,8 +78,10 @@ class AsOnCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return func(*args, **{**kwargs, "dropout_p": 0.0})
-        if func is F.rms_norm and len(args) > 2 and isinstance(args[2], Tensor):
-            return _FusedNorm.apply(args[0], args[2])
+        if func is F.rms_norm and isinstance(
+            weight := kwargs.get("weight", args[2] if len(args) > 2 else None), Tensor
+        ):
+            return _FusedNorm.apply(args[0], weight)
         return func(*args, **kwargs)
 
 

@@ -83,7 +83,7 @@ def _of_work(done: list[Work], seconds: Seconds, parts: int) -> Numbers:
     found: Numbers = {}
     for phase in STEP:
         once = [w for w in done if w.phase == phase and (w.forward != 1 or parts == 1)]
-        often = [w for w in done if w.phase == phase and w.forward == 1 and parts > 1] if parts > 1 else []
+        often = [w for w in done if w.phase == phase and w.forward == 1 and parts > 1]
         for name, of in (("seconds", seconds), ("flops", _flops), ("moved", _moved), ("sent", _sent)):
             key = (name, phase)
             found[key] = of(once) + (parts - 1) * of(often)
