@@ -134,8 +134,8 @@ def test_the_seeds_suite_has_both_experiments() -> None:
 
 
 def test_the_last_of_several_choices_is_completed() -> None:
-    complete = completing(complete)
-    assert complete("mem") == ["memory="]
-    assert complete("memory=check") == ["memory=checkpoint"]
-    assert complete("memory=baseline,check") == ["memory=baseline,checkpoint"]
-    assert "memory=a,checkpoint+offload_activations" in complete("memory=a,checkpoint+off")
+    finish = completing(complete)
+    assert finish("mem") == ["memory="]
+    assert finish("memory=check") == ["memory=checkpoint"]
+    assert finish("memory=baseline,check") == ["memory=baseline,checkpoint"]
+    assert "memory=a,checkpoint+offload_activations" in finish("memory=a,checkpoint+off")
