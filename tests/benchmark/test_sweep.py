@@ -66,7 +66,7 @@ def test_zipped_sweeps_go_side_by_side() -> None:
 def test_without_a_sweep_there_is_one_cell() -> None:
     for zipped in (False, True):
         (cell,) = experiment(["model=tiny"], zipped=zipped).cells
-        assert (cell.swept, cell.name, cell.memory) == ((), "the run", "baseline")
+        assert (cell.swept, cell.name, cell.memory) == ((), "the run", "fused_loss where logits are large (reordered)")
 
 
 def test_strategies_have_the_name_that_was_given_or_that_they_have() -> None:

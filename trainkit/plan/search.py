@@ -73,7 +73,7 @@ class Search:
         return sorted(found, key=lambda f: f.key if f.plan.fits else (True, 0, f.plan.needed))
 
     def _strategies(self, parallel: str | None) -> Iterator[Found]:
-        every = [name for name in self._known["memory"] if name != "baseline"]
+        every = [name for name in self._known["memory"] if name not in ("baseline", "default")]
         tried = [names for size in range(AT_ONCE + 1) for names in combinations(every, size)]
         while tried:
             for names in tried:
