@@ -96,8 +96,9 @@ def measured(cell: list[str]) -> dict[str, int]:
             _evaluate(run, it)
         with record_function("@saving"):
             checkpointer.save(it.step, it.tensors(), {"learner": it.state()}, {}, facts=_FACTS)
-            it.train_step()
-            _evaluate(run, it)
+            if run.checkpoint.asynchronous:  # then training goes on beside it
+                it.train_step()
+                _evaluate(run, it)
         checkpointer.wait()
         for outcome in checkpointer.finished():
             assert outcome.error is None, outcome.error
