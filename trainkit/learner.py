@@ -133,7 +133,7 @@ class Learner:
         this rank alone answers for of the gradients."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = self.ranks.whole(optimizers.total_norm(self.optimizer, self.parameters))
-        own = self.sums.own if self.sums else self.ranks.own(gradients, norm)
+        own = self.sums.own if self.sums else self.ranks.own(gradients, norm) if gradients else norm
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         return norm.to(self.ranks.device), own.to(self.ranks.device)

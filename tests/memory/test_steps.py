@@ -117,12 +117,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, name: str) -> None:
     real = InBackward._arrived
 
     def arrived(self: InBackward, parameter: torch.Tensor) -> None:
-        if name_of.get(id(parameter), "").endswith(name) and steps[-1] == step:
+        if name_of.get(id(parameter), "").endswith(name) and steps[-1] == step and not done:
             parameter.grad.view(-1)[0] = float("inf")  # type: ignore[union-attr]
-            steps.append(-1)  # once
+            done.append(step)  # once
         real(self, parameter)
 
-    steps, name_of = [-1], {}
+    steps, name_of, done = [-1], {}, []
     train = Learner.train_step
 
     def train_step(self: Learner) -> Any:
@@ -283,5 +283,5 @@ def test_every_pair_works_or_is_refused_in_one_sentence(learner: Callable[..., L
 def test_a_person_is_told_the_grades() -> None:
     run = runs.composed([*SMALL, "memory=offload_optimizer+8bit+checkpoint", "memory.grad_dtype=bfloat16"])
     told = "checkpoint (exact) + states (approximate) + offload_optimizer (exact) + gradients in bfloat16"
-    assert run.memory.describe() == told
-    assert runs.composed(SMALL).memory.describe() == "baseline"
+    assert run.memory.describe() == f"{told} + fused_loss where logits are large (reordered)"
+    assert runs.composed([*SMALL, "memory=baseline"]).memory.describe() == "baseline"

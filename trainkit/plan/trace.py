@@ -59,9 +59,15 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
         held = _checkpoint(it)
         numbers |= {("saved",): sum(part.nbytes for tensor in held.values() for part in plain(tensor))}
         numbers |= {("parameters",): sum(p.numel() for p in it.model.parameters())}
-        described = {name: {"shape": list(t.shape), "dtype": dtype_name(t.dtype)} for name, t in held.items()}
+        described = {name: _described(tensor) for name, tensor in held.items()}
     numbers |= _of_memory(live) | {("host",): max(live.host_peaks.values())}
     return numbers | _of_resuming(run, device, ranks, batches, described)
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    """As a manifest describes a tensor that lies in one file."""
+    shape = list(tensor.shape)
+    return {"shape": shape, "dtype": dtype_name(tensor.dtype), "parts": [["it", [0] * len(shape), shape]]}
 
 
 def microbatch(run: Run, rows: int) -> int:
