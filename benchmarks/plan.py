@@ -6,6 +6,7 @@ the machine is.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -83,6 +84,7 @@ def write_corpus(folder: Path, one_document: bool) -> None:
 def measured(cell: list[str]) -> dict[str, int]:
     """The most bytes that were allocated at once in each phase of a real run in this folder."""
     torch.set_num_threads(1)
+    gc.collect()  # what others left is theirs
     write_corpus(Path("corpus"), ONE in cell)
     run = composed(cell)
     corpus, folder = run.data.open(), Path("run")
@@ -133,7 +135,8 @@ def _allocations() -> Iterator[dict[str, int]]:
     spans = [(e.name()[1:], e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name()[0] == "@"]
     held = 0
     levels = []
-    for when, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    for when, size in sorted(changes, key=lambda change: change[0]):
         levels += [(when, held), (when, held := held + size)]
     for name, begin, end in spans:
         peaks[name] = max((level for when, level in levels if begin <= when <= end), default=0)

@@ -1,7 +1,7 @@
 """A learner that is real but for its numbers: built by `build.learner` on fake tensors, for a device that need not be here.
 
 A GPU's tensors are fakes on `cpu:1`: torch's CPU kernels are the ones that every build knows, and a number of its own
-tells the device's tensors from the host's. What CUDA does otherwise is in `AsOnCuda` and in `kernels`.
+tells the device's tensors from the host's. What CUDA does otherwise is in `_attention`, `_norm` and `kernels`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +14,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from trainkit import build
 from trainkit.learner import Learner
@@ -62,27 +61,23 @@ class Batches:
         return rows * (self._length * (16 + 4 * self._documents) + 16)
 
 
-class _Fake(TorchFunctionMode):
-    """What fake tensors cannot be asked."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.tolist:
-            return [0.0] * args[0].numel()
-        return func(*args, **(kwargs or {}))
+def _zeros(tensor: Tensor, real: Any = Tensor.tolist) -> Any:
+    """What a fake tensor's numbers are, where somebody asks for a list of them."""
+    return [0.0] * tensor.numel() if isinstance(tensor, FakeTensor) else real(tensor)
 
 
-class AsOnCuda(TorchFunctionMode):
-    """CUDA's kernels where a CPU's hold other tensors: attention with dropout is fused, and so is RMSNorm."""
+def _attention(*args: Any, real: Any = F.scaled_dot_product_attention, **kwargs: Any) -> Tensor:
+    """CUDA's kernels make dropout themselves, where the CPU's would keep every score."""
+    out: Tensor = real(*args, **{**kwargs, "dropout_p": 0.0})
+    return out
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return func(*args, **{**kwargs, "dropout_p": 0.0})
-        if func is F.rms_norm and isinstance(
-            weight := kwargs.get("weight", args[2] if len(args) > 2 else None), Tensor
-        ):
-            return _FusedNorm.apply(args[0], weight)
-        return func(*args, **kwargs)
+
+def _norm(
+    x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None, real: Any = F.rms_norm
+) -> Tensor:
+    """RMSNorm is one kernel on CUDA, where the CPU's is several that keep what is between them."""
+    out: Tensor = real(x, shape, weight, eps) if weight is None else _FusedNorm.apply(x, weight)
+    return out
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -107,9 +102,10 @@ def pretending(device: Device, ranks: Ranks) -> Iterator[None]:
             stack.enter_context(_others(device, ranks.size))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _replaced))
-        stack.enter_context(_Fake())
+        stack.enter_context(mock.patch.object(Tensor, "tolist", _zeros))
         if device.cuda:
-            stack.enter_context(AsOnCuda())
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
+            stack.enter_context(mock.patch.object(F, "rms_norm", _norm))
         yield
 
 
