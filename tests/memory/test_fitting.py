@@ -85,7 +85,8 @@ def test_one_row_that_is_too_many_says_what_would_help(monkeypatch: pytest.Monke
     with build.trainer(run, Path("runs/a")) as trainer, pytest.raises(RanOutError) as stopped:
         trainer.fit()
     assert str(stopped.value) == (
-        "not even one row at a time fits (tried to allocate 2.00 GiB): memory=offload_activations+offload_optimizer+stream+8bit hold less, any of them"
+        "not even one row at a time fits (tried to allocate 2.00 GiB): "
+        "memory=offload_activations+offload_optimizer+stream+8bit hold less, any of them"
     )
 
 
