@@ -152,7 +152,9 @@ def test_config_shows_the_run_and_what_can_be_chosen(capsys: pytest.CaptureFixtu
     assert "name: gpt2-moby-dick" in out
     assert "lr: 0.0003" in out
     groups = said(capsys, "config", "--groups")
-    assert re.search(r"^memory: +baseline, checkpoint, default, fused_loss, offload_activations, ", groups, re.M)
+    assert re.search(
+        r"^memory: +4bit, 8bit, baseline, checkpoint, default, fp8, fused_loss, offload_activations, ", groups, re.M
+    )
     experiment = said(capsys, "config", "experiment=char")
     assert "name: char" in experiment
 
@@ -172,7 +174,7 @@ def test_completion_knows_groups_and_choices() -> None:
     from trainkit.cli_options import complete
 
     assert complete("mem") == ["memory="]
-    assert complete("memory=checkpoint+off") == ["memory=checkpoint+offload_activations"]
+    assert complete("memory=checkpoint+offload_a") == ["memory=checkpoint+offload_activations"]
     assert "model=gpt2" in complete("model=gpt")
 
 

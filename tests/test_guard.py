@@ -279,7 +279,7 @@ def test_no_save_is_begun_that_cannot_be_finished(monkeypatch: pytest.MonkeyPatc
 
     def asked(self: Trainer) -> None:
         step(self)
-        self.save_s = 100.0
+        self.saves.longest_s = 100.0
         if self.learner.step == 5:
             signal.raise_signal(signal.SIGTERM)
 

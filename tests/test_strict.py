@@ -90,6 +90,8 @@ NEEDS = {
     "data=text": ["data.path=\"books: 'of' #1\""],
     "data=shards": ["data.path=12:30:45"],
     "data=mixture": ["data.sources.a.path=no", "data.sources.off.path=0x1f"],
+    "memory=step_in_backward": ["clip=0"],
+    **{f"model.adapter={kind}": ["start_from=base"] for kind in ("lora", "dora", "qlora")},
 }
 EVERY_CHOICE = [[f"{group}={c}"] for group, found in choices().items() for c in found]
 WORDS = [

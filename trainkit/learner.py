@@ -66,14 +66,14 @@ class Learner:
         return self.update(self.compute(self.batch()))
 
     def batch(self) -> dict[str, Tensor]:
-        """This rank's rows of what the next update learns from."""
+        """This rank's rows of what the next update learns from. A rank's pace is taken from here on."""
+        self.ranks.pace.begin()
         batch: dict[str, Tensor] = self.loader.at(self.position)
         return batch
 
     def compute(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Leave the clipped gradients of the global batch in the parameters, and change nothing else, so that a step can be
         computed as often as one likes: `update` or `discard` comes next. The metrics hold `ANSWER`."""
-        self.ranks.pace.begin()
         self.set_lr()  # an update may be made in the backward
         optimizers.begin(self.optimizer, randomness.mix(self.seed, self.step))
         if self.steps_in_backward:  # which cannot be done again
