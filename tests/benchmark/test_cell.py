@@ -1,6 +1,7 @@
 """One cell in this process: what it learns, what it takes, and how it says that it ended badly."""
 
 import json
+import mmap
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,12 @@ def test_a_batch_that_does_not_fit_is_not_done_in_parts(monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_growth_is_the_peak_beyond_the_start() -> None:
+    def hold(size: int) -> None:
+        with mmap.mmap(-1, size) as memory:  # which goes back to the system, and does not come from what malloc keeps
+            memory.write(b"1" * size)
+
     size = 64 << 20
-    before = torch.ones(size, dtype=torch.uint8)
-    del before  # a peak that is over does not count
+    hold(size)  # a peak that is over does not count
     resident = cell.PeakResident()
-    after = torch.ones(size // 2, dtype=torch.uint8)
-    del after
+    hold(size // 2)
     assert size // 2 <= resident.growth() + (4 << 20) < size

@@ -104,17 +104,11 @@ def test_work_counts_every_microbatch_and_one_update() -> None:
     assert each[0]["seconds", "update"] == pytest.approx(each[2]["seconds", "update"])
 
 
-def test_offloading_moves_bytes_from_the_device_to_the_host() -> None:
-    at_home, away = (
-        planned("model.depth=4", how, card=H100) for how in ("memory=baseline", "memory=offload_activations")
-    )
-    assert away.peaks["training"] < 0.75 * at_home.peaks["training"]
-    freed = at_home.peaks["training"] - away.peaks["training"]
-    assert away.host_bytes - at_home.host_bytes > 0.9 * freed
-    assert away.moved_bytes > 2 * freed
-    assert at_home.moved_bytes == 0
-    on_cpu = [planned("model.depth=4", how).peaks for how in ("memory=baseline", "memory=offload_activations")]
-    assert on_cpu[0] == on_cpu[1]
+def test_what_offloaded_activations_free_is_not_counted_on() -> None:
+    ways = ("memory=baseline", "memory=offload_activations")
+    for card in ({"card": H100}, {}):
+        at_home, away = (planned("model.depth=4", how, **card) for how in ways)
+        assert away.peaks == at_home.peaks
 
 
 def test_replicas_send_their_gradients_once() -> None:

@@ -225,13 +225,14 @@ def sharded(kind: str) -> None:
     at_peak = seen.by_phase["optimizer"].at_peak
     if kind == "ddp":
         assert at_peak["parameters"] == whole
-        assert at_peak["gradients"] == 2 * whole  # and the bucket that is summed
+        assert 2 * whole <= at_peak["gradients"] < 2 * whole + 64  # the bucket that is summed, and numbers to compare
         assert at_peak["optimizer"] == 2 * whole + 4 * len(it.parameters)
     else:
         assert at_peak["parameters"] == whole / 2
         assert at_peak["optimizer"] == whole + 4 * len(it.parameters)
         update = max(b.begin for b in seen.blocks if b.phase == "optimizer")
-        assert sum(b.bytes for b in alive(seen.blocks, update) if b.category == "gradients") == whole / 2
+        gradients = sum(b.bytes for b in alive(seen.blocks, update) if b.category == "gradients")
+        assert whole / 2 <= gradients < whole / 2 + 64  # and numbers to compare
         gathered = seen.by_phase["forward"].at_peak["parameters"]
         assert whole / 2 < gathered < 2 * whole
     it.ranks.leave()

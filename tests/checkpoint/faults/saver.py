@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainkit.checkpoint import Checkpoint, Checkpointer, SaveFailed
-from trainkit.parallel import Group
+from trainkit.parallel import Group, LostRankError
 
 SHIM = ctypes.CDLL(os.environ["LD_PRELOAD"])
 POLICY = Checkpoint(every=1, keep=2, keep_best=0, asynchronous=bool(int(os.environ["ASYNCHRONOUS"])))
@@ -62,6 +62,8 @@ def begin(
         SHIM.shim_arm(at, fault.encode(), sticky, log.encode())
     try:
         save(it, 3)
+    except LostRankError as error:  # the other rank was killed: this one leaves, too
+        return {"acknowledged": 2, "failed": str(error), "calls": SHIM.shim_disarm()}
     except SaveFailed as error:
         calls = SHIM.shim_disarm()
         if fault.isdigit():  # the disk is well again, and nobody has died
