@@ -12,6 +12,7 @@ from types import TracebackType
 
 from trainkit.errors import UserError
 
+TRIES = 100  # to lock a file that others remove at the same time
 NAME = "LOCK"
 
 
@@ -27,22 +28,23 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         self._made = [p for p in (self._path.parent, *self._path.parent.parents) if not p.exists()]
-        while not self._locked():
-            pass  # another process removed what was opened: see __exit__
+        for attempt in range(TRIES):
+            if self._locked(last=attempt == TRIES - 1):
+                break  # else another process removed what was opened: see __exit__
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with contextlib.suppress(OSError):  # on a full disk nobody is named; whether the run can be is found out later
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(me).encode(), 0)
         return self
 
-    def _locked(self) -> bool:
-        """Lock the file; False when it is another one by now."""
+    def _locked(self, *, last: bool) -> bool:
+        """Lock the file; False when it is another one by now, but for the `last` time."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
-            return False  # the folder went between the two
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not last:
+                return False  # the folder went between the two, or there can be none
             raise UserError(
                 f"{self._path.parent} cannot be written: {error.strerror}; choose another --runs"
             ) from error
@@ -57,6 +59,8 @@ class RunLock:
         if self._is_there():
             return True
         os.close(self._descriptor)
+        if last:
+            raise UserError(f"{self._path.parent} is removed again and again: choose another name or another --runs")
         return False
 
     def check(self) -> None:
