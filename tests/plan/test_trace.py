@@ -7,6 +7,8 @@ import torch
 
 from benchmarks import plan as bench
 from trainkit import run as runs
+from trainkit.errors import UserError
+from trainkit.plan import planned as planning
 from trainkit.plan.cards import CARDS, Card
 from trainkit.plan.depth import of_depth
 from trainkit.plan.kernels import Device, Work
@@ -109,6 +111,17 @@ def test_what_offloaded_activations_free_is_not_counted_on() -> None:
     for card in ({"card": H100}, {}):
         at_home, away = (planned("model.depth=4", how, **card) for how in ways)
         assert away.peaks == at_home.peaks
+
+
+def test_what_cannot_be_traced_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(*args: object, **kwargs: object) -> Numbers:
+        raise RuntimeError("aten.some_op was not found\nand more")
+
+    monkeypatch.setattr(planning, "trace", raising)
+    with pytest.raises(
+        UserError, match=r"^checkpoint \(exact\).* without being run \(aten.some_op was not found\): plan"
+    ):
+        planned("memory=checkpoint")
 
 
 def test_replicas_send_their_gradients_once() -> None:

@@ -75,14 +75,21 @@ def plan(run: Run, setting: Setting, *, whole: bool = False) -> Plan:
     """What `run` takes. `whole` traces every block, where otherwise a few say it of all.
 
     Raises:
-        UserError: the batch does not divide over the ranks, or several ranks have nothing to do.
+        UserError: the batch does not divide over the ranks, several ranks have nothing to do, or a strategy cannot be
+            traced.
     """
     check(run, setting.ranks)
     card = setting.card
     seconds = partial(card.seconds, efficiency=setting.share, tf32=run.precision.tf32)
     tracing = partial(trace, run, card.device(setting.ranks), seconds, documents=setting.documents)
     depth = run.model.depth
-    numbers, depths = (tracing(), [depth]) if whole else of_depth(depth, lambda d: tracing(depth=d))
+    try:
+        numbers, depths = (tracing(), [depth]) if whole else of_depth(depth, lambda d: tracing(depth=d))
+    except RuntimeError as error:  # of an operator that fake tensors cannot take the place of
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"{run.memory.describe()} cannot be traced without being run ({why}): plan it with other strategies"
+        ) from error
     peaks = _peaks(run, setting, numbers)
     at = max(_places(numbers, STEP), key=lambda place: numbers[(*place, "total")])
     by_category = {category: round(numbers.get((*at, category), 0)) for category in CATEGORIES}
