@@ -167,4 +167,4 @@ def test_resuming_takes_no_more_memory_than_training(asynchronous: str) -> None:
     trained = measured(*what, "stop_at=3")
     resumed = measured(*what, "stop_at=5")
     assert trained > 2 * state  # so that it is the state that is measured
-    assert resumed < trained + 0.03 * state
+    assert resumed < trained + 0.1 * state  # a copy of the weights alone would be a third
