@@ -173,7 +173,7 @@ def test_a_plan_is_said_and_written(place: Path) -> None:
     assert cell["overrides"] == QUICK
     assert cell["predicted_status"] == "ok"
     assert cell["predicted_peak_memory_bytes"] == max(cell["predicted_peaks"].values())
-    assert set(cell["predicted_peaks"]) == {"training", "evaluation", "saving", "resuming"}
+    assert set(cell["predicted_peaks"]) == {"building", "training", "evaluation", "saving", "resuming"}
     assert cell["predicted_tokens_per_s"] == pytest.approx(4 * 32 / cell["predicted_ms_per_step"] * 1000)
     assert cell["predicted_cost"] == pytest.approx(2 * cell["predicted_hours"])
     assert cell["predicted_hours"] == pytest.approx(300 * cell["predicted_ms_per_step"] / 3.6e6)

@@ -103,7 +103,7 @@ def test_work_counts_every_microbatch_and_one_update() -> None:
     each = [traced("data.batch=8", "model.depth=2", way, device=CPU.device(1)) for way in ways]
     for phase in ("forward", "backward", "update"):
         assert len({round(n["flops", phase]) for n in each}) == 1
-    assert each[0]["seconds", "update"] == pytest.approx(each[2]["seconds", "update"])
+    assert each[0]["seconds", "update"] == pytest.approx(each[2]["seconds", "update"], rel=0.01)
 
 
 def test_what_offloaded_activations_free_is_not_counted_on() -> None:

@@ -63,6 +63,7 @@ class Live(TorchDispatchMode):
         self.part = "before"
         self.forwards = 0  # that a step has made so far
         self._blocks: dict[int, _Block] = {}
+        self._after_backward = False
         self._unseen = False
         self._alone = _alone()
 
@@ -92,8 +93,9 @@ class Live(TorchDispatchMode):
         if self.phase is not None:
             return self.phase
         if torch._C._current_graph_task_id() != -1:
+            self._after_backward = True
             return "backward"
-        return "update" if self.part == "before" and not torch.is_grad_enabled() else "forward"
+        return "update" if self._after_backward else "forward"
 
     def label(self, tensors: Iterable[Tensor], category: str) -> None:
         """Say what these tensors are."""
@@ -163,6 +165,7 @@ class Live(TorchDispatchMode):
 
         def count(*_: Any) -> None:
             self.forwards += 1
+            self._after_backward = False
 
         self.label([*model.parameters(), *model.buffers()], "parameters")
         for parameter in parameters:

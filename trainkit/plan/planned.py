@@ -133,7 +133,8 @@ def _peaks(run: Run, setting: Setting, numbers: Numbers) -> dict[str, int]:
     def most(*phases: str) -> int:
         return round(max((numbers[(*place, "total")] for place in _places(numbers, phases)), default=0))
 
-    peaks = {"training": most(*STEP), "evaluation": most("evaluation", "sample"), "resuming": most("resume")}
+    peaks = {"building": most("building"), "training": most(*STEP), "evaluation": most("evaluation", "sample")}
+    peaks |= {"resuming": most("resume")}
     staged = not setting.card.cuda and run.checkpoint.asynchronous
     beside = max(peaks["training"], peaks["evaluation"]) if staged else round(numbers["resident",])
     return {**peaks, "saving": beside + (_saved(run, setting, numbers) if staged else 0)}

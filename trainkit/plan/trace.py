@@ -43,7 +43,8 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
             batches = pretend.Batches(run, device.torch, {1, min(rows, 2 * micro), rows}, documents=documents)
         if device.cuda:  # a CPU's batch lies in NumPy's memory
             live.held["activations"] += batches.bytes(rows)
-        it = pretend.learner(run, ranks, batches)
+        with live.during("building"):
+            it = pretend.learner(run, ranks, batches)
         live.watch(it.model, it.optimizer)
         it.train_step()  # makes the optimizer's state
         live.forget()
@@ -133,7 +134,8 @@ def _of_resuming(
     run: Run, device: Device, ranks: Ranks, batches: pretend.Batches, described: Mapping[str, Any]
 ) -> Numbers:
     with pretend.pretending(device, ranks), Live(device) as live:
-        it = pretend.learner(run, ranks, batches)
+        with live.during("building"):
+            it = pretend.learner(run, ranks, batches)
         live.watch(it.model, it.optimizer)
         with live.during("resume"):
             places = it.places(described)
