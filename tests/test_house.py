@@ -251,6 +251,10 @@ NEEDS = {
     **{f"model.adapter={kind}": ["start_from=base"] for kind in ("lora", "dora", "qlora")},
     "data=mixture": ["data.sources.a.path=a", "data.sources.b.path=b"],
     "memory=step_in_backward": ["clip=0"],
+    "task=embedding": ["data=stsb"],
+    "data=pairs": ["task=embedding", "data.path=pairs.tsv"],
+    "data=stsb": ["task=embedding"],
+    "data=wordnet": ["task=embedding"],
 }
 ALONE = {"4bit", "fp8", "step_in_backward", "stream"}  # what cannot be joined with others of its group
 

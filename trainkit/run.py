@@ -76,6 +76,11 @@ class Run:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", self.name or ""):
             raise ValueError(f"name={self.name} is not a folder's name: letters, digits and . _ + - only")
         self.schedule.check(self.steps)
+        if self.data.gives != self.task.takes:
+            raise ValueError(
+                f"task={self.task.kind} learns from {self.task.takes}, and data={self.data.kind} has {self.data.gives}"
+            )
+        self.task.check(self.model)
         self.memory.check(
             **{name: getattr(self, name) for name in ("optimizer", "clip", "precision", "guard", "parallel")},
             batch=self.data.batch,

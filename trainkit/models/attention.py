@@ -18,13 +18,16 @@ from trainkit.models.positions import rotate
 @config
 class Attention:
     """`kv_heads` under `heads` shares keys and values between groups of queries; `window` is how many positions back a
-    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet."""
+    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet. Where it is not `causal` a
+    query sees what follows as well, a `window` of it on either side: an encoder's attention (Devlin et al. 2019,
+    arXiv:1810.04805)."""
 
     heads: Count
     kv_heads: Count | None = None
     head_width: Count | None = None
     window: Count | None = None
     qk_norm: bool = False
+    causal: bool = True
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """(H, G, K) in a model of this width.
@@ -63,7 +66,7 @@ class Cache:
 
 class AttentionMixer(nn.Module):
     """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` (B or 1, 1, T, S) bool, true where a query may look; None is causal,
-    and for a single new position everything before it."""
+    and for a single new position everything before it. In an encoder None is everything."""
 
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
@@ -72,7 +75,7 @@ class AttentionMixer(nn.Module):
         self.out = Linear(self.heads * self.k, width, bias=bias)
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
-        self.dropout = dropout
+        self.dropout, self.causal = dropout, cfg.causal
 
     def forward(
         self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
@@ -93,7 +96,7 @@ class AttentionMixer(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and x.shape[1] > 1,
+            is_causal=self.causal and mask is None and x.shape[1] > 1,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=shared and mask is None,
         )
@@ -101,17 +104,19 @@ class AttentionMixer(nn.Module):
 
 
 def attention_mask(
-    documents: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device
+    documents: Tensor | None, queries: int, keys: int, cfg: Attention, device: torch.device
 ) -> Tensor | None:
-    """Who sees whom: (B or 1, 1, queries, keys) bool, or None where plain causal attention or one query says the same.
+    """Who sees whom: (B or 1, 1, queries, keys) bool, or None where plain attention, causal or not, or one query says the
+    same.
 
     The queries are the last of the keys' positions. `documents` (B, T) int: positions of one document see each other.
     """
-    if documents is None and (window is None or window >= keys) and queries in (1, keys):
+    window = keys if cfg.window is None else cfg.window
+    if documents is None and window >= keys and queries in (1, keys):
         return None
     key = torch.arange(keys, device=device)
     query = key[keys - queries :, None]
-    mask = (key <= query) if window is None else (key <= query) & (key > query - window)
+    mask = (key > query - window) & (key <= query if cfg.causal else key < query + window)
     if documents is None:
         return mask[None, None]
     return (mask & (documents[:, keys - queries :, None] == documents[:, None, :]))[:, None]

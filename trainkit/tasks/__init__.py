@@ -4,7 +4,8 @@ It owns the loss and how a global batch becomes gradients, because only it knows
 """
 
 from trainkit.tasks.causal_lm import CausalLM
+from trainkit.tasks.embedding import Embedding
 
-Task = CausalLM
+Task = CausalLM | Embedding
 
-__all__ = ["CausalLM", "Task"]
+__all__ = ["CausalLM", "Embedding", "Task"]
