@@ -91,8 +91,9 @@ def _separated(file: Path, columns: Sequence[str], score: str | None) -> Iterato
             rows = csv.reader(text) if is_csv else csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
             first = next(rows, [])
             numbers = [str(i) for i in range(len(first))]
-            named = bool(columns) and set(columns) <= set(first) and not set(columns) <= set(numbers)
-            named = named or (not columns and any(set(known) <= set(first) for known in KNOWN))
+            asked = [*columns, *([score] if score else [])]
+            guessed = not columns and any(set(known) <= set(first) for known in KNOWN)
+            named = guessed or not all(name.isdigit() for name in asked)
             names = first if named else numbers
             wanted, scored = chosen(names, columns, score, str(file), numbered=not named)
             places = {name: i for i, name in enumerate(names)}
