@@ -152,7 +152,7 @@ def _log_share(task: Embedding, unit: Any, texts: Any, i: int, side: int, size: 
             wrong = wrong and not (c < 2 and texts[j][1 - c] == texts[i][side])
             if task.false_negatives is not None:
                 wrong = wrong and bool(query @ unit[j][c] <= query @ own + task.false_negatives)
-            if j != i and wrong or (c > 1 and j == i and wrong):
+            if (j != i and wrong) or (c > 1 and j == i and wrong):
                 kept.append(torch.exp(size * query @ unit[j][c]))
     return torch.log(kept[0] / sum(kept))
 

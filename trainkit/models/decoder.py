@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from trainkit.config import Count, Fraction, Natural, Positive, config
 from trainkit.models.adapters import Adapter
-from trainkit.models.attention import Attention, AttentionMixer, Cache, attention_mask
+from trainkit.models.attention import Attention, AttentionMixer, Cache
+from trainkit.models.kernels import Kernel, Mask, additive, attention_mask
 from trainkit.models.layers import Embedding, Linear
 from trainkit.models.mlp import MLP, MLPBlock
 from trainkit.models.positions import positions_in, rope_tables
@@ -86,9 +87,7 @@ class Block(nn.Module):
         self.mlp = MLPBlock(cfg.mlp, cfg.width, cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, rope, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -110,6 +109,14 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = _norm(cfg)
         self.head = None if cfg.tied else Linear(cfg.width, cfg.vocab, bias=False)
+        self.kernel: Kernel = "sdpa"
+
+    def use_attention(self, kernel: Kernel) -> None:
+        """Compute attention with these kernels from now on."""
+        self.kernel = kernel
+        for module in self.modules():
+            if isinstance(module, AttentionMixer):
+                module.kernel = kernel
 
     @property
     def unembed(self) -> Tensor:
@@ -146,7 +153,9 @@ class Backbone(nn.Module):
             _, _, k = cfg.attention.shape(cfg.width)
             rope = rope_tables(positions, k, cfg.rope_theta, x.dtype)
         x = self.dropout(x)
-        mask = attention_mask(documents, length, seen + length, cfg.attention, device)
+        look = cfg.attention
+        mask = attention_mask(documents, length, seen + length, look.window, device, self.kernel, causal=look.causal)
+        mask = additive(mask, x)
         for i, block in enumerate(self.blocks):
             x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)
         return self.norm(x)
