@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import fitting, hardware, optimizers, randomness, versions
+from trainkit import fitting, floors, hardware, optimizers, randomness, versions
 from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit import start as starts
 from trainkit.checkpoint import Loaded, store
 from trainkit.checkpoint.lock import RunLock
 from trainkit.checkpoint.mirror import Mirror
-from trainkit.errors import DamagedError, UserError
+from trainkit.errors import DamagedError, UserError, nearest
 from trainkit.header import checkpoint_bytes, header
 from trainkit.learner import Learner
 from trainkit.notify import Notifier
@@ -45,6 +45,10 @@ def check(run: Run) -> None:
     run.speed.check(device, run.precision.matmul_dtype())
     run.data.check()
     run.profile.check()
+    if run.evaluation.metric not in (measured := run.task.measured(run.data)):
+        raise UserError(
+            f"evaluation.metric={run.evaluation.metric} needs pairs that the data does not hold out{nearest('', measured)}"
+        )
     if (vocab := run.data.vocab()) is not None:
         _refuse_small_vocabulary(vocab, run)
 
@@ -192,6 +196,8 @@ def _trainer(
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus, mirror), it.step, steps=made.stop_at, config=run.yaml())
+    if run.task.takes == "pairs" and it.step == 0 and (floor := floors.said(it, corpus)):
+        trackers.note(floor)
     made.saves.pass_on()
     try:
         yield made

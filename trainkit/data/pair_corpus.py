@@ -70,6 +70,17 @@ class PairRows:
     sts: Literal["dev", "test"] | None = None
     sts_path: str | None = how(None)
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """What an evaluation may find: `pairs`, `scores` of pairs."""
+        scored = ("scores",) if self.sts or (self.validation and self._scores is not False) else ()
+        return (*scored, *(("pairs",) if self.validation and self._scores is not True else ()))
+
+    @property
+    def _scores(self) -> bool | None:
+        """Whether its own rows have scores; None where only reading them tells."""
+        return False
+
     def vocab(self) -> int | None:
         """How many ids the tokenizer has."""
         return self.tokenizer.size()

@@ -66,6 +66,12 @@ class Pairs(PairRows):
             return self.sources
         return {"pairs": PairSource(path=self.path, columns=self.columns, score=self.score)}
 
+    @property
+    def _scores(self) -> bool | None:
+        return (
+            None if any(not s.columns for s in self._every().values()) else any(s.score for s in self._every().values())
+        )
+
     def _check(self) -> None:
         for source in self._every().values():
             if source.path is None:
@@ -146,6 +152,10 @@ class STSB(PairRows):
     """STS-B's 5,749 scored pairs to learn from; `sts` says which split is evaluated."""
 
     kind: Literal["stsb"] = "stsb"
+
+    @property
+    def _scores(self) -> bool | None:
+        return True
 
     def _check(self) -> None:
         stsb.check(self.sts_path, "data.sts_path")

@@ -32,6 +32,10 @@ class CausalLM:
                 "task=causal_lm guesses what follows, which model.attention.causal=false shows: use task=mlm"
             )
 
+    def measured(self, data: Any) -> tuple[str, ...]:
+        """The metrics that `data` holds something out for."""
+        return self.metrics
+
     def build(self, backbone: nn.Module) -> nn.Module:
         """The model whose forward this task calls."""
         return LanguageModel(backbone)

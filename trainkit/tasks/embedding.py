@@ -21,6 +21,7 @@ from trainkit.tasks.embedding_model import EmbeddingModel, Pooling
 from trainkit.tasks.similarity import Found
 
 OF_SCORES = ("cosent", "angle")
+OF_PEOPLE = ("val_spearman", "val_pearson")
 
 
 @config
@@ -68,6 +69,12 @@ class Embedding:
             raise ValueError(f"task.matryoshka={wide[0]} is wider than the vectors, which have {width} numbers")
         if self.loss == "angle" and (odd := [w for w in (width, *self.matryoshka) if w % 2]):
             raise ValueError(f"task.loss=angle takes halves of vectors, and {odd[0]} is odd")
+
+    def measured(self, data: Any) -> tuple[str, ...]:
+        """The metrics that `data` holds something out for."""
+        loss = "scores" if self.loss in OF_SCORES else "pairs"
+        needs = {name: "scores" if name in OF_PEOPLE else "pairs" for name in self.metrics} | {"val_loss": loss}
+        return tuple(name for name in self.metrics if needs[name] in data.held_out)
 
     def build(self, backbone: nn.Module) -> nn.Module:
         """The model whose forward this task calls."""
@@ -168,7 +175,7 @@ class Embedding:
         """
         training = model.training
         model.eval()
-        found = Found(self.metrics)
+        found = Found()
         try:
             for batch in batches:
                 if stop():

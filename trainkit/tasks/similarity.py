@@ -1,7 +1,6 @@
 """How good vectors are: correlations with people's scores, retrieval, and where on the sphere they lie."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ MOST = 4096  # vectors of which uniformity takes all pairs
 class Found:
     """What an evaluation has seen so far, batch by batch. Its vectors stay on the host."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
+    def __init__(self) -> None:
         self._losses: list[tuple[Tensor, int]] = []
         self._scored: list[tuple[Tensor, Tensor]] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
@@ -35,8 +33,8 @@ class Found:
             self._pairs.append((F.normalize(rows.vectors[:, :2], dim=-1).cpu(), rows.texts[:, :2].cpu()))
 
     def metrics(self) -> dict[str, float]:
-        """All that could be measured; the rest is NaN."""
-        found = dict.fromkeys(self._names, math.nan)
+        """All that could be measured."""
+        found: dict[str, float] = {}
         if self._losses:
             count = sum(n for _, n in self._losses)
             found["val_loss"] = sum(float(loss) * n for loss, n in self._losses) / count
