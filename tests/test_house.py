@@ -255,6 +255,7 @@ NEEDS = {
     "data=mixture": ["data.sources.a.path=a", "data.sources.b.path=b"],
     "memory=step_in_backward": ["clip=0"],
     "task=embedding": ["data=wordnet"],
+    "task=mlm": ["model.attention.causal=false"],
     "data=pairs": ["task=embedding", "data.path=pairs.tsv"],
     "data=stsb": ["task=embedding", "task.loss=cosent"],
     "data=wordnet": ["task=embedding"],

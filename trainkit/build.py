@@ -235,6 +235,7 @@ def _compile(model: Any, how: str, mode: str | None) -> None:
 
 
 def _refuse_small_vocabulary(vocab: int, run: Run) -> None:
+    vocab += run.task.own_ids
     if vocab > run.model.vocab:
         raise UserError(
             f"the tokenizer has {vocab} ids and model.vocab={run.model.vocab} has no room for them: "

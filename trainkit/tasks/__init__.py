@@ -5,7 +5,8 @@ It owns the loss and how a global batch becomes gradients, because only it knows
 
 from trainkit.tasks.causal_lm import CausalLM
 from trainkit.tasks.embedding import Embedding
+from trainkit.tasks.mlm import MaskedLM
 
-Task = CausalLM | Embedding
+Task = CausalLM | Embedding | MaskedLM
 
-__all__ = ["CausalLM", "Embedding", "Task"]
+__all__ = ["CausalLM", "Embedding", "MaskedLM", "Task"]

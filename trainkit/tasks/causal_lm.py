@@ -23,6 +23,7 @@ class CausalLM:
     takes: ClassVar[str] = "text"  # of what `data` gives
     head: ClassVar[bool] = True  # whether the backbone's head is used
     writes: ClassVar[bool] = True  # whether its model can go on from a text
+    own_ids: ClassVar[int] = 0  # of the model's, which no text may have
     kind: Literal["causal_lm"] = "causal_lm"
 
     def check(self, model: Any) -> None:

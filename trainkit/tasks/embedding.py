@@ -42,6 +42,7 @@ class Embedding:
     takes: ClassVar[str] = "pairs"
     head: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    own_ids: ClassVar[int] = 0
     kind: Literal["embedding"] = "embedding"
     loss: Literal["info_nce", "triplet", "cosent", "angle", "distill"] = "info_nce"
     pooling: Pooling = "mean"
