@@ -96,8 +96,7 @@ def report(loaded: Loaded, own: Run, overrides: list[str], *, quantize: str | No
     checkpoint's tokenizer, beside what a model that has learned nothing and common words reach."""
     run = runs.saved(own.yaml(), overrides, free=("data", "evaluation"))
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
-    if not isinstance(run.data, PairRows):
-        raise UserError(f"data={run.data.kind} holds no pairs of texts: use data=stsb, data=pairs or data=wordnet")
+    assert isinstance(run.data, PairRows)  # a run of this task has no other
     run.data.check()
     tokenizer = tokenizers.load(loaded.files.get("tokenizer.json", b""))
     with bytes_bar() as progress:
