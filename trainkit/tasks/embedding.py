@@ -181,9 +181,7 @@ class Embedding:
             for batch in batches:
                 if stop():
                     return None
-                count = len(batch["lengths"])
-                vectors = Passes(model, batch, min(microbatch or count, count), None).once(graph=False)
-                rows = gathered(ranks, vectors, batch)
+                rows = gathered(ranks, self.embed(model, batch, microbatch), batch)
                 real = places(ranks, batch["ids"] + 1) > 0
                 rows = Rows(
                     rows.vectors[real],
@@ -195,6 +193,11 @@ class Embedding:
         finally:
             model.train(training)
         return found.metrics()
+
+    def embed(self, model: nn.Module, batch: Mapping[str, Tensor], microbatch: int | None = None) -> Tensor:
+        """The vectors (B, P, K) of a batch, without a graph, `microbatch` rows at a time (None: all at once)."""
+        count = len(batch["lengths"])
+        return Passes(model, batch, min(microbatch or count, count), None).once(graph=False)
 
     def _fits(self, rows: Rows) -> bool:
         """Whether the loss can be taken of these rows."""
