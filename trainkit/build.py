@@ -56,7 +56,7 @@ def check(run: Run) -> None:
 def ranks(run: Run) -> Ranks:
     """The processes of this run and their device."""
     device = hardware.choose(run.parallel.device)
-    run.speed.begin(device)
+    run.speed.begin(device, run.precision.matmul_dtype())
     return run.parallel.join(device, stream=run.memory.stream is not None)
 
 
