@@ -13,6 +13,7 @@ from tests.test_causal_lm import ALONE
 from trainkit.errors import UserError
 from trainkit.models import Decoder
 from trainkit.models.attention import Attention
+from trainkit.models.kernels import attention_mask
 from trainkit.models.mlp import MLP
 from trainkit.tasks import Embedding, embedding_loss
 
@@ -226,6 +227,19 @@ def test_an_encoder_sees_both_ways_and_a_decoder_does_not() -> None:
         it = model(Embedding(pooling="cls"), causal=causal)
         one, two = (it(torch.tensor([[1, 2, last]]), torch.tensor([3])) for last in (3, 4))
         assert torch.equal(one, two) == causal
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_an_encoder_sees_a_window_on_both_sides(window: int | None) -> None:
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+    for of in (documents, None):
+        mask = attention_mask(of, 7, 7, window, torch.device("cpu"), causal=False)
+        for q in range(7):
+            for k in range(7):
+                near = window is None or abs(q - k) < window
+                expected = near and (of is None or bool(of[0, q] == of[0, k]))
+                assert mask is None or bool(mask[0, 0, q, k]) == expected
+        assert (mask is None) == (of is None and window is None)
 
 
 def test_pooling_takes_what_it_says() -> None:

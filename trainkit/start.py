@@ -23,6 +23,7 @@ from trainkit.learner import MODEL, Learner
 from trainkit.models.adapters import adapted
 from trainkit.run import Run
 
+BACKBONE = "backbone."  # the rest is a task's own, and the other run's task may be another
 FREE = (
     "model.adapter",
     "model.dropout",
@@ -71,10 +72,10 @@ def load(run: Run, learner: Learner, tokenizer: Any, root: Path) -> Path:
 
     def places(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
         given = {name.removeprefix(MODEL): facts for name, facts in described.items() if name.startswith(MODEL)}
-        if odd := sorted(wanted ^ given.keys()):
+        if odd := sorted(name for name in wanted ^ given.keys() if name.startswith(BACKBONE)):
             raise UserError(f"start_from={run.start_from} is of another model: one of them lacks {odd[0]}")
         whole = {name: torch.empty(given[name]["shape"], dtype=store.dtype_of(given[name])) for name in quantized}
-        return {MODEL + name: whole[name] if name in quantized else own[name] for name in wanted}
+        return {MODEL + name: whole[name] if name in quantized else own[name] for name in wanted & given.keys()}
 
     try:
         loaded = store.read(path, places, host)
