@@ -256,6 +256,7 @@ NEEDS = {
     "memory=step_in_backward": ["clip=0"],
     "task=embedding": ["data=wordnet"],
     "task=mlm": ["model.attention.causal=false"],
+    "model=static": ["task=embedding", "data=wordnet"],
     "data=pairs": ["task=embedding", "data.path=pairs.tsv"],
     "data=stsb": ["task=embedding", "task.loss=cosent"],
     "data=wordnet": ["task=embedding"],
