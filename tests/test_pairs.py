@@ -63,6 +63,18 @@ def test_a_file_without_names_has_numbers(place: Path) -> None:
     assert list(pair_files.read("lines.txt", (), None)) == [(("one",), None), (("two, and more",), None)]
 
 
+def test_a_data_set_of_the_hub_gives_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table(list[dict[str, Any]]):
+        column_names = ("sentence1", "sentence2", "score")
+        _fingerprint = "f"
+
+    rows = Table({"sentence1": a, "sentence2": b, "score": i} for i, (a, b) in enumerate(ROWS))
+    monkeypatch.setattr(pair_files.hub, "dataset", lambda source, field: rows)
+    assert list(pair_files.read("hf:some/pairs", (), None)) == [(row, float(i)) for i, row in enumerate(ROWS)]
+    corpus = Pairs(path="hf:some/pairs", length=32, batch=1, validation=0.0).open()
+    assert corpus.train[0].table.scores is not None
+
+
 @pytest.mark.parametrize(
     ("text", "columns", "score", "said"),
     [
@@ -137,6 +149,8 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order() -> None:
         assert sorted(np.concatenate(epoch).tolist()) == list(range(64))
     assert [b.tolist() for b in epochs[0]] != [b.tolist() for b in epochs[1]]
     assert [b.tolist() for b in epochs[0]] != [it.at(i, (8, 0)).tolist() for i in range(16)]
+    one, two = ({frozenset(b.tolist()) for b in epoch} for epoch in epochs)
+    assert not one & two  # other rows are together, too
     half = sorted(1 + i % 30 for i in range(64))[32]
     for batch in epochs[0]:  # rows of similar length are together
         sizes = [1 + row % 30 for row in batch.tolist()]
@@ -257,6 +271,10 @@ def test_wordnet_gives_its_pairs(place: Path) -> None:
         "glosses": 7, "synonyms": 1, "hypernyms": 1, "examples": 2,
     }  # fmt: skip
     assert corpus.weights == [7.0, 1.0, 1.0, 2.0]
+    other = WordNet(path=str(place), length=8, batch=1, validation=0.0, weights={"examples": 6.0}).open()
+    assert other.weights == [1.0, 1.0, 1.0, 6.0]
+    with pytest.raises(ValueError, match="data.weights.example is no kind of pair; did you mean 'examples'"):
+        WordNet(length=8, batch=1, weights={"example": 1.0})
     (place / "data.adv").write_text("0001 02 r zz fast\n")
     with pytest.raises(UserError, match=r"data.adv line 1 is no synset"):
         wordnet.pairs(place)
