@@ -19,6 +19,7 @@ FLOORS = [
     {
         "models",
         "data",
+        "hf",
         "optimizers",
         "schedules",
         "precision",
@@ -59,6 +60,7 @@ FLOORS = [
         "sampling",
         "prepare",
         "merge",
+        "imports",
         "plan",
         "start",
     },

@@ -11,6 +11,7 @@ import torch
 
 from trainkit import build, hardware
 from trainkit import run as runs
+from trainkit import start as starts
 from trainkit.checkpoint import BadCheckpoint, Loaded, find, load
 from trainkit.data import tokenizers
 from trainkit.errors import DamagedError, UserError, nearest
@@ -28,7 +29,7 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
     """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`."""
     loaded, own = _opened(which, root)
     _refuse_format(quantize, own)
-    run = runs.saved(own.yaml(), overrides, free=("data",))
+    run = starts.with_kept_tokenizer(runs.saved(own.yaml(), overrides, free=("data",)), [loaded.path])
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
     build.check(run)
     with bytes_bar() as report:

@@ -36,7 +36,7 @@ def prepared(
     try:
         root.mkdir(parents=True, exist_ok=True)
         content = source if hub.is_dataset(source) else _content(source, root, report)
-        key = hashlib.sha256(json.dumps([FORMAT, content, str(tokenizer), field, validation]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([FORMAT, content, tokenizer.key(), field, validation]).encode()).hexdigest()
         kept = root / "text" / key[:32]
         kept.mkdir(parents=True, exist_ok=True)
         with _locked(kept / ".lock"):  # another process may be preparing the same

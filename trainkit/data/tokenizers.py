@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trainkit.config import Count, config, how
 from trainkit.errors import UserError
-from trainkit.strict import one_line, parse_json, read_file, reason, refuse_large
+from trainkit.strict import one_line, parse_json, refuse_large
 
 END = "<|endoftext|>"
 TIKTOKEN = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}  # with their special tokens
@@ -75,9 +75,10 @@ class BytesTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library; where it names no end of text, one id is added behind the others."""
+    """A tokenizer.json of the `tokenizers` library; where it names no end of text, one id is added behind the others.
+    `words` is what a model's folder says beside it: its `eos`, `bos`, `pad` and `unk` token, and its chat `template`."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, name: str, words: Mapping[str, str] | None = None) -> None:
         from tokenizers import Tokenizer as Fast
 
         try:
@@ -89,18 +90,27 @@ class JsonTokenizer(Tokenizer):
         self._fast.encode_special_tokens = True
         self._fast.no_padding()
         self._fast.no_truncation()
-        self.name, self._text = name, text
+        self.name, self._text, self.words = name, text, dict(words or {})
         ids = self._fast.get_vocab(with_added_tokens=True).values() if self._fast.get_vocab_size() <= MAX_VOCAB else ()
         size = max(ids, default=MAX_VOCAB) + 1
         if size > MAX_VOCAB:
             raise UserError(one_line(f"{name} has no ids, or some beyond {MAX_VOCAB}"))
-        named = [self._fast.token_to_id(t) for t in (END, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")]
+        said = [self.words["eos"]] if "eos" in self.words else []
+        named = [self._fast.token_to_id(t) for t in (*said, END, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")]
         known = [i for i in named if i is not None]
         self.eos = known[0] if known else size
         self.vocab = max(size, self.eos + 1)
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_marked(self, text: str) -> NDArray[np.uint32]:
+        """Ids of a text whose special tokens are what they look like, as a chat template writes them."""
+        self._fast.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._fast.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int]) -> str:
         decoded: str = self._fast.decode([i for i in ids if i != self.eos], skip_special_tokens=False)
@@ -117,7 +127,8 @@ class JsonTokenizer(Tokenizer):
         return sizes
 
     def save(self) -> bytes:
-        return json.dumps({"kind": "json", "name": self.name, "tokenizer": self._text}).encode()
+        saved = {"kind": "json", "name": self.name, "tokenizer": self._text}
+        return json.dumps(saved | ({"words": self.words} if self.words else {})).encode()
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -167,8 +178,10 @@ def load(saved: bytes) -> Tokenizer:
             case "bytes":
                 return BytesTokenizer()
             case "json":
-                if isinstance(value["tokenizer"], str) and isinstance(value["name"], str):
-                    return JsonTokenizer(value["tokenizer"], value["name"])
+                words = value.get("words", {})
+                texts = [value["tokenizer"], value["name"], *words, *words.values()]
+                if all(isinstance(text, str) for text in texts):
+                    return JsonTokenizer(value["tokenizer"], value["name"], words)
             case "tiktoken":
                 return _tiktoken(value)
     except UserError:
@@ -225,15 +238,17 @@ def _panics_are_errors() -> Iterator[None]:
 @config
 class TokenizerConfig:
     """Which tokenizer reads a text: `bytes`; `bpe`, trained on the text to `vocab` ids; `file`, a tokenizer.json at
-    `path`; or `gpt2`, `cl100k` and `o200k`, which tiktoken fetches once (TIKTOKEN_CACHE_DIR)."""
+    `path`; `hf`, that of a model's folder, with its chat template; or `gpt2`, `cl100k` and `o200k`, which tiktoken fetches
+    once (TIKTOKEN_CACHE_DIR)."""
 
-    kind: Literal["bytes", "bpe", "file", "gpt2", "cl100k", "o200k"] = "bytes"
+    kind: Literal["bytes", "bpe", "file", "hf", "gpt2", "cl100k", "o200k"] = "bytes"
     vocab: Count = 4096
     path: str | None = how(None)
 
     def __post_init__(self) -> None:
-        if self.kind == "file" and self.path is None:
-            raise ValueError("data.tokenizer.path is missing: a tokenizer of kind file is read from a tokenizer.json")
+        if self.kind in ("file", "hf") and self.path is None:
+            where = "a tokenizer.json" if self.kind == "file" else "a model's folder"
+            raise ValueError(f"data.tokenizer.path is missing: a tokenizer of kind {self.kind} is read from {where}")
         if self.kind == "bpe" and self.vocab < 257:
             raise ValueError(f"data.tokenizer.vocab={self.vocab} cannot hold the 256 bytes and the end of text")
 
@@ -243,6 +258,10 @@ class TokenizerConfig:
             return self.vocab
         return TIKTOKEN[self.kind] if self.kind in TIKTOKEN else self._ready().vocab
 
+    def key(self) -> str:
+        """What tells its ids from any other's, wherever a file of it lies."""
+        return f"{self.kind} {self._ready().identity['sha256']}" if self.kind in ("file", "hf") else str(self)
+
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """The tokenizer; `texts` are what a bpe learns from."""
         return _trained(self.vocab, texts()) if self.kind == "bpe" else self._ready()
@@ -250,13 +269,11 @@ class TokenizerConfig:
     def _ready(self) -> Tokenizer:
         if self.kind == "bytes":
             return BytesTokenizer()
-        if self.kind == "file":
+        if self.kind in ("file", "hf"):
+            from trainkit.data.pretrained import tokenizer_at
+
             assert self.path is not None
-            try:
-                text = read_file(Path(self.path), MAX_BYTES).decode()
-            except (OSError, ValueError) as error:
-                raise UserError(f"data.tokenizer.path={self.path} cannot be read: {reason(error)}") from error
-            return JsonTokenizer(text, Path(self.path).name)
+            return tokenizer_at(Path(self.path))
         import tiktoken
 
         try:

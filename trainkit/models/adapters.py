@@ -97,10 +97,10 @@ class AdaptedLinear(FrozenLinear):
             tensors = encode(weight.to(self.held[0].device), self.form, self.doubly)
             tensors = {name: tensor.to(getattr(self, name).dtype) for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
-                _fill(getattr(self, name), tensor)
+                fill(getattr(self, name), tensor)
             lengths = _lengths(decode(list(tensors.values()), self.pairs, self.shape, self.lora_b.dtype))
         if self.magnitude is not None:
-            _fill(self.magnitude, lengths)
+            fill(self.magnitude, lengths)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -121,7 +121,7 @@ def _lengths(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
-def _fill(place: Tensor, whole: Tensor) -> None:
+def fill(place: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into one of which this rank may hold a slice."""
     if hasattr(place, "placements") and not hasattr(whole, "placements"):
         from torch.distributed.tensor import distribute_tensor

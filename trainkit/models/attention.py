@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainkit.config import Count, config
+from trainkit.config import Count, Natural, config
 from trainkit.models.layers import Linear
 from trainkit.models.positions import rotate
 
@@ -18,13 +18,16 @@ from trainkit.models.positions import rotate
 @config
 class Attention:
     """`kv_heads` under `heads` shares keys and values between groups of queries; `window` is how many positions back a
-    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet."""
+    query sees, itself included, but in `full_layers` (numbers from 0), which see all; `qk_norm` normalises queries and keys a
+    head before they meet; `qkv_bias` says whether these have a bias where the rest of the model says otherwise."""
 
     heads: Count
     kv_heads: Count | None = None
     head_width: Count | None = None
     window: Count | None = None
     qk_norm: bool = False
+    full_layers: tuple[Natural, ...] = ()
+    qkv_bias: bool | None = None
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """(H, G, K) in a model of this width.
@@ -43,7 +46,12 @@ class Attention:
         """How many numbers one layer of it learns."""
         heads, groups, k = self.shape(width)
         into, out = (heads + 2 * groups) * k, heads * k
-        return width * into + out * width + bias * (into + width) + 2 * k * self.qk_norm
+        of_qkv = bias if self.qkv_bias is None else self.qkv_bias
+        return width * into + out * width + of_qkv * into + bias * width + 2 * k * self.qk_norm
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions back a query of this layer sees; None where it sees all."""
+        return None if layer in self.full_layers else self.window
 
 
 @dataclass
@@ -68,7 +76,8 @@ class AttentionMixer(nn.Module):
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
         self.heads, self.groups, self.k = cfg.shape(width)
-        self.qkv = Linear(width, (self.heads + 2 * self.groups) * self.k, bias=bias)
+        of_qkv = bias if cfg.qkv_bias is None else cfg.qkv_bias
+        self.qkv = Linear(width, (self.heads + 2 * self.groups) * self.k, bias=of_qkv)
         self.out = Linear(self.heads * self.k, width, bias=bias)
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None

@@ -14,7 +14,7 @@ from trainkit.models.adapters import Adapter
 from trainkit.models.attention import Attention, AttentionMixer, Cache, attention_mask
 from trainkit.models.layers import Embedding, Linear
 from trainkit.models.mlp import MLP, MLPBlock
-from trainkit.models.positions import positions_in, rope_tables
+from trainkit.models.positions import RopeScaling, positions_in, rope_tables
 
 
 @config
@@ -31,6 +31,7 @@ class Decoder:
     norm_eps: Positive = 1e-5
     position: Literal["rope", "learned"] = "rope"
     rope_theta: Positive = 10_000.0
+    rope_scaling: RopeScaling | None = None
     attention: Attention
     mlp: MLP
     tied: bool = True
@@ -66,10 +67,10 @@ class Decoder:
         """
         heads, groups, k = self.attention.shape(self.width)
         matrices = self.width * k * (2 * heads + 2 * groups) + self.mlp.parameters(self.width, bias=False)
-        window = min(self.attention.window or length, length)
-        seen = window * (length - (window - 1) / 2) / length  # positions that a query sees, on average
+        windows = [min(self.attention.window_of(layer) or length, length) for layer in range(self.depth)]
+        seen = sum(w * (length - (w - 1) / 2) / length for w in windows)  # positions that a query sees on average, a layer
         products = 6 if self.adapter is None else 4
-        return self.depth * (products * matrices + 12 * heads * k * seen) + products * self.vocab * self.width
+        return self.depth * products * matrices + 12 * heads * k * seen + products * self.vocab * self.width
 
 
 class Block(nn.Module):
@@ -141,10 +142,12 @@ class Backbone(nn.Module):
             x = x + self.position(positions)
         else:
             _, _, k = cfg.attention.shape(cfg.width)
-            rope = rope_tables(positions, k, cfg.rope_theta, x.dtype)
+            rope = rope_tables(positions, k, cfg.rope_theta, x.dtype, cfg.rope_scaling)
         x = self.dropout(x)
-        mask = attention_mask(documents, length, seen + length, cfg.attention.window, device)
+        windows = [cfg.attention.window_of(layer) for layer in range(cfg.depth)]
+        masks = {w: attention_mask(documents, length, seen + length, w, device) for w in set(windows)}
         for i, block in enumerate(self.blocks):
+            mask = masks[windows[i]]
             x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)
         return self.norm(x)
 

@@ -1,0 +1,63 @@
+"""A GGUF file as a folder of safetensors, made once and kept: transformers reads it, and its numbers become float32."""
+
+import os
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from trainkit.errors import UserError
+from trainkit.strict import one_line
+
+
+def converted(file: Path, cache: Path) -> Path:
+    """The folder that holds what the file does, with its tokenizer and chat template.
+
+    Raises:
+        UserError: there is no such file, a library is missing, or transformers cannot read it.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no {file}")
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(8 << 20):
+            digest.update(block)
+    kept = cache / "gguf" / digest.hexdigest() / file.stem
+    if kept.is_dir():
+        return kept
+    made = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+    made.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(file, made)
+        made.rename(kept)
+    except OSError as error:
+        if not kept.is_dir():  # else another process was first
+            raise UserError(f"{cache} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return kept
+
+
+def _write(file: Path, folder: Path) -> None:
+    try:
+        import accelerate as _accelerate  # noqa: F401  # transformers asks for both when it is too late to say so
+        import gguf as _gguf  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UserError(f"{file} is read by transformers and gguf: pip install 'trainkit[hf]' ({error})") from error
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except Exception as error:  # whatever a damaged or an unknown file makes of it
+        raise UserError(one_line(f"{file} cannot be read by transformers: {error}")) from error
+    finally:
+        logging.enable_progress_bar()
+    said = read.config.to_dict()
+    said.pop("quantization_config", None)
+    plain = type(read)(type(read.config).from_dict(said))  # one that was read from a GGUF file refuses to be saved
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
