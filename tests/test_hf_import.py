@@ -1,120 +1,22 @@
 """Others' models as ours: logits, gradients and generation of every family against transformers, with random weights."""
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
-from tests.conftest import SMALL
+from tests.hf_models import FOREIGN, KINDS, TEMPLATE, begun, ids, made
 from trainkit import build, imports
 from trainkit import run as runs
 from trainkit.errors import UserError
-from trainkit.hf import families, source
+from trainkit.hf import source, weights
+from trainkit.hf.folder import write_tensors
 from trainkit.models import Decoder, Foreign
-
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-BASE: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-WINDOW = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama-tied": ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-2, "head_dim": 12}),
-    "llama3": (
-        "Llama",
-        {"rope_parameters": {**LLAMA3, "rope_theta": 500.0, "original_max_position_embeddings": 24}, "head_dim": 16},
-    ),
-    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}}),
-    "yarn": (
-        "Llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "rope_theta": 100.0,
-                "original_max_position_embeddings": 32,
-                "beta_fast": 3.0,
-            },
-            "head_dim": 32,
-        },
-    ),
-    "mistral": ("Mistral", {"sliding_window": 5, "head_dim": 16}),
-    "mistral-full": ("Mistral", {"sliding_window": None}),
-    "qwen2": ("Qwen2", {}),
-    "qwen2-window": ("Qwen2", WINDOW),
-    "qwen3": ("Qwen3", {"head_dim": 16}),
-    "arcee": ("Arcee", {}),
-    "gpt2": ("GPT2", {}),
-}
-FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma": ("Gemma", {"head_dim": 8}),
-    "llama-bias": ("Llama", {"attention_bias": True}),
-}
-
-
-def made(kind: str) -> nn.Module:
-    """A model of transformers in whose numbers every part shows."""
-    family, more = (KINDS | FOREIGN)[kind]
-    own = {"vocab_size": 300, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 40}
-    said = getattr(transformers, f"{family}Config")(**(own if family == "GPT2" else {**BASE, **more}))
-    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
-    torch.manual_seed(3)
-    model = getattr(transformers, name)(said).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def text_tokenizer(size: int = 300) -> str:
-    """A tokenizer.json of bytes, with ids of its own order, and special tokens."""
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = Tokenizer(models.BPE({c: i for i, c in enumerate(bytes_)}, []))
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return fast.to_str()
-
-
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def folder(kind: str, place: Path, tokenizer: bool = True) -> Path:
-    """A model's folder as `save_pretrained` writes it."""
-    made(kind).save_pretrained(place / kind)
-    if tokenizer:
-        (place / kind / "tokenizer.json").write_text(text_tokenizer())
-        words = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|im_start|>"}, "chat_template": TEMPLATE}
-        (place / kind / "tokenizer_config.json").write_text(json.dumps(words))
-    return place / kind
-
-
-def begun(kind: str, place: Path, *overrides: str) -> build.Trainer:
-    """A run that has a folder's weights and has not begun."""
-    where = folder(kind, place)
-    small = [word for word in SMALL if not word.startswith("model.")]
-    run = runs.composed([*small, "model=hf", f"model.name={where}", *overrides, "name=t"])
-    with build.trainer(run, Path("runs/t")) as trainer:
-        return trainer
-
-
-def ids(rows: int = 3, length: int = 40) -> torch.Tensor:
-    return torch.randint(0, 258, (rows, length), generator=torch.Generator().manual_seed(5))
+from trainkit.models.quantized import FrozenLinear, linears
+from trainkit.tasks.generate import generate
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,9 +30,7 @@ def test_logits_and_gradients_are_those_of_transformers(kind: str, place: Path) 
     labels = torch.where(x % 7 == 0, -100, x.roll(-1, 1))
     ours(x, labels).backward()
     nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum").backward()
-    norms = [
-        torch.stack([p.grad.norm() for p in model.parameters()]).norm() for model in (ours.backbone, theirs)
-    ]
+    norms = [torch.stack([p.grad.norm() for p in model.parameters()]).norm() for model in (ours.backbone, theirs)]
     assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-4)
 
 
@@ -144,3 +44,102 @@ def test_what_our_decoder_cannot_be_is_trained_as_it_is(kind: str, place: Path) 
     assert run.model.parameters() == sum(p.numel() for p in theirs.parameters())
     ours = trainer.learner.model
     torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=1e-5)
+
+
+def test_its_tokenizer_comes_along_and_a_resume_needs_no_source(place: Path) -> None:
+    trainer = begun("llama", place)
+    run = runs.read(Path("runs/t"))
+    assert run is not None
+    assert run.start_from == f"hf:{place / 'llama'}"
+    assert run.start == source.identity(place / "llama")
+    assert run.data.tokenizer.kind == "hf"
+    first = trainer.learner.model.state_dict()
+    with build.trainer(run, Path("runs/t")) as whole:
+        whole.fit()
+    tokenizer = json.loads(next(Path("runs/t/checkpoints").iterdir()).joinpath("tokenizer.json").read_bytes())
+    assert tokenizer["words"] == {"eos": "<|im_end|>", "bos": "<|im_start|>", "template": TEMPLATE}
+    shutil.rmtree(place / "llama")
+    again = runs.saved(run.yaml())
+    with build.trainer(again, Path("runs/t")) as resumed:
+        assert resumed.learner.step == 6
+        for name, tensor in resumed.learner.model.state_dict().items():
+            assert torch.equal(tensor, whole.learner.model.state_dict()[name])
+            assert not torch.equal(tensor, first[name])
+
+
+def test_another_source_under_the_same_name_is_another_run(place: Path) -> None:
+    begun("llama", place)
+    run = runs.read(Path("runs/t"))
+    assert run is not None
+    with weights.opened(place / "llama") as given:
+        state = {name: given.get(name) for name in given}
+    state["model.norm.weight"][0] += 1
+    write_tensors(place / "llama", state)
+    Path("runs/t/run.yaml").unlink()
+    with pytest.raises(UserError, match=r"start_from=hf:.* is hf:llama@\w+, and the run began with hf:llama@"):
+        imports.identified(run)
+
+
+def test_a_model_may_begin_untrained(place: Path) -> None:
+    trainer = begun("llama", place, "model.pretrained=false", "model.context=128")
+    run = runs.read(Path("runs/t"))
+    assert run is not None
+    assert (run.start_from, run.start, run.model.context) == (None, None, 128)
+    assert not torch.allclose(trainer.learner.model(ids()), made("llama")(ids()).logits)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "qlora"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama-bias"])
+def test_adapters_beside_it_begin_as_it_is(adapter: str, kind: str, place: Path) -> None:
+    trainer = begun(kind, place, f"model.adapter={adapter}")
+    ours, theirs = trainer.learner.model, made(kind)
+    if adapter == "qlora":
+        blocks = theirs.model.layers  # type: ignore[union-attr]
+        for parent, name, linear in linears(blocks):
+            plain = nn.Linear(*reversed(linear.weight.shape), bias=linear.bias is not None)
+            whole = FrozenLinear(linear, "nf4", double=True).whole(torch.float32)
+            plain.weight = nn.Parameter(whole)
+            plain.bias = linear.bias
+            setattr(parent, name, plain)
+    if adapter == "qlora" and kind == "qwen2":
+        return  # what is quantized together has other blocks: only that it runs is known
+    torch.testing.assert_close(ours(ids()), theirs(ids()).logits, rtol=0, atol=2e-4)
+    trainer.learner.train_step()
+    learned = {name.rpartition(".")[2] for name, p in ours.named_parameters() if p.requires_grad}
+    assert learned <= {"lora_a", "lora_b", "magnitude"}
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2-window", "gemma", "yarn"])
+def test_it_writes_what_transformers_writes(kind: str, place: Path) -> None:
+    trainer, theirs = begun(kind, place), made(kind)
+    prompt = ids(1, 9)
+    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)  # type: ignore[operator]
+    found = list(generate(trainer.learner.model, prompt[0].tolist(), tokens=20, context=64, temperature=0))
+    assert found == expected[0, 9:].tolist()
+
+
+def test_documents_of_one_row_are_apart_in_others_models_too(place: Path) -> None:
+    model = begun("gemma", place).learner.model.eval()
+    x = ids(1, 20)
+    documents = (torch.arange(20) >= 8).int()[None]
+    changed = torch.where(documents == 0, (x + 1) % 250, x)
+    with torch.no_grad():
+        one, other = model(x, documents=documents), model(changed, documents=documents)
+        alone = model(x[:, 8:])
+    torch.testing.assert_close(one[:, 8:], other[:, 8:], rtol=0, atol=0)
+    torch.testing.assert_close(one[:, 8:], alone, rtol=0, atol=1e-5)
+
+
+STRATEGIES = ["memory=checkpoint", "memory=offload_activations", "memory=8bit", "memory.microbatch=1"]
+
+
+@pytest.mark.parametrize("how", STRATEGIES)
+def test_strategies_are_neutral_over_others_models(how: str, place: Path) -> None:
+    losses = []
+    for words in ([], [how]):
+        shutil.rmtree("runs", ignore_errors=True)
+        shutil.rmtree(place / "gemma", ignore_errors=True)
+        learner = begun("gemma", place, "optimizer=sgd", *words).learner
+        losses.append([float(learner.train_step()["loss"]) for _ in range(3)])
+    assert losses[0][0] > losses[0][-1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -61,6 +61,8 @@ FLOORS = [
         "prepare",
         "merge",
         "imports",
+        "opened",
+        "export",
         "plan",
         "start",
     },
@@ -250,6 +252,7 @@ def every_choice() -> list[str]:
 NEEDS = {
     "data=text": ["data.path=README.md"],
     "data=shards": ["data.path=anywhere"],
+    "model=hf": [f"model.name={Path(__file__).parent / 'llama'}"],
     **{f"model.adapter={kind}": ["start_from=base"] for kind in ("lora", "dora", "qlora")},
     "data=mixture": ["data.sources.a.path=a", "data.sources.b.path=b"],
     "memory=step_in_backward": ["clip=0"],

@@ -154,6 +154,19 @@ def generate(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    runs: Runs = RUNS,
+) -> None:
+    """Write a folder that transformers opens: config, safetensors, tokenizer, model card."""
+    from trainkit.export import export as write
+
+    write(checkpoint, out, runs, dtype=dtype)
+
+
+@app.command()
 def doctor(json_: Json = False, runs: Runs = RUNS) -> None:
     """What this machine has and what trainkit can use of it."""
     from trainkit import show

@@ -28,7 +28,8 @@ def identified(run: Run) -> str:
     found = source.identity(folder)
     if run.start not in (None, found):
         raise UserError(
-            f"start_from={run.start_from} is {found}, and the run began with {run.start}: give that, or train under another name"
+            f"start_from={run.start_from} is {found}, and the run began with {run.start}: give that, or train under "
+            f"another name"
         )
     return found
 
@@ -114,7 +115,9 @@ def _places(wanted: list[str], family: str, given: weights.Tensors, folder: Path
         raise UserError(f"{folder} has no tensor {error.args[0]}, which its config speaks of") from error
     used = {name for there in places.values() for name in there.names}
     if odd := sorted(_more(given, used, "head.weight" in places)):
-        raise UserError(f"{folder} has a tensor {odd[0]}, of which its config says nothing: it is another model than it says")
+        raise UserError(
+            f"{folder} has a tensor {odd[0]}, of which its config says nothing: it is another model than it says"
+        )
     return places
 
 
@@ -126,6 +129,6 @@ def _more(given: Iterable[str], used: set[str], has_head: bool) -> list[str]:
 
 def _refuse_shape(name: str, theirs: Tensor, ours: Tensor) -> None:
     if theirs.shape != ours.shape:
-        raise UserError(f"{name} is {tuple(theirs.shape)} in the model that is read and {tuple(ours.shape)} in this one")
-
-
+        raise UserError(
+            f"{name} is {tuple(theirs.shape)} in the model that is read and {tuple(ours.shape)} in this one"
+        )

@@ -12,13 +12,11 @@ import torch
 from trainkit import build, hardware
 from trainkit import run as runs
 from trainkit import start as starts
-from trainkit.checkpoint import BadCheckpoint, Loaded, find, load
-from trainkit.data import tokenizers
-from trainkit.errors import DamagedError, UserError, nearest
-from trainkit.launch import policy
+from trainkit.errors import UserError, nearest
 from trainkit.learner import load_model
 from trainkit.models.quantized import Format
 from trainkit.models.quantized import quantize as in_format
+from trainkit.opened import opened, tokenizer_of
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
 from trainkit.sampling import stream
@@ -27,14 +25,14 @@ from trainkit.units import human_bytes
 
 def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | None, as_json: bool) -> None:
     """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`."""
-    loaded, own = _opened(which, root)
+    loaded, own = opened(which, root)
     _refuse_format(quantize, own)
     run = starts.with_kept_tokenizer(runs.saved(own.yaml(), overrides, free=("data",)), [loaded.path])
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
     build.check(run)
     with bytes_bar() as report:
         corpus = run.data.open(report)
-    carried = tokenizers.load(loaded.files.get("tokenizer.json", b""))
+    carried = tokenizer_of(loaded)
     if corpus.tokenizer.identity != carried.identity:
         raise UserError(
             f"the checkpoint was trained with the tokenizer {carried.name} and this data has {corpus.tokenizer.name}: "
@@ -74,9 +72,9 @@ def generate(
     root: Path,
 ) -> None:
     """Write the prompt and what the model goes on with to stdout, as it comes."""
-    loaded, run = _opened(which, root)
+    loaded, run = opened(which, root)
     _refuse_format(quantize, run)
-    tokenizer = tokenizers.load(loaded.files.get("tokenizer.json", b""))
+    tokenizer = tokenizer_of(loaded)
     place = hardware.choose(device)
     model = run.task.build(run.model.build()).to(place)
     load_model(model, loaded.tensors)
@@ -97,20 +95,6 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-
-
-def _opened(which: str, root: Path) -> tuple[Loaded, Run]:
-    """The checkpoint that `which` names, and the run that it carries."""
-    path = find.resolve(which, root, policy)
-    try:
-        loaded = load(path)
-    except BadCheckpoint as error:
-        raise DamagedError(f"{path} is not good: {error}; `trainkit list-checkpoints` shows which are") from error
-    run = runs.saved(loaded.files.get(runs.FILE, b""))
-    held = sum(t.numel() * (2 if t.dtype == torch.uint8 else 1) for t in loaded.tensors.values())  # 4 bits are in bytes
-    if run.model.parameters() > held:
-        raise UserError(f"{path} is not of the model that its {runs.FILE} describes: it holds fewer parameters")
-    return loaded, run
 
 
 def _refuse_format(form: str | None, run: Run) -> None:

@@ -47,7 +47,9 @@ def words(folder: Path) -> dict[str, str]:
     found = {kind: token for kind in KINDS if (token := _content(said.get(f"{kind}_token")))}
     template = said.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     if (folder / TEMPLATE).is_file():
         try:
             template = read_file(folder / TEMPLATE, MAX_WORDS).decode()
@@ -87,7 +89,9 @@ def _by_transformers(folder: Path) -> Tokenizer:
         slow = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = slow.backend_tokenizer.to_str()
     except Exception as error:  # whatever transformers raises where there is nothing
-        raise UserError(one_line(f"{folder} holds no {FILE}, nor another tokenizer that can be read: {error}")) from error
+        raise UserError(
+            one_line(f"{folder} holds no {FILE}, nor another tokenizer that can be read: {error}")
+        ) from error
     found = {kind: str(token) for kind in KINDS if (token := getattr(slow, f"{kind}_token", None))}
     template = slow.chat_template
     more = {"template": template} if isinstance(template, str) else {}

@@ -6,9 +6,7 @@ A tokenizer can be written into a checkpoint (`save`) and read from it (`load`):
 import base64
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainkit.config import Count, config, how
+from trainkit.data.panics import panics_are_errors
 from trainkit.errors import UserError
 from trainkit.strict import one_line, parse_json, refuse_large
 
@@ -83,14 +82,14 @@ class JsonTokenizer(Tokenizer):
 
         try:
             refuse_large(text, max_nodes=MAX_NODES)  # what the library makes of each takes memory
-            with _panics_are_errors():
+            with panics_are_errors():
                 self._fast = Fast.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(one_line(f"{name} is not a tokenizer.json: {error}")) from error
         self._fast.encode_special_tokens = True
         self._fast.no_padding()
         self._fast.no_truncation()
-        self.name, self._text, self.words = name, text, dict(words or {})
+        self.name, self.text, self.words = name, text, dict(words or {})
         ids = self._fast.get_vocab(with_added_tokens=True).values() if self._fast.get_vocab_size() <= MAX_VOCAB else ()
         size = max(ids, default=MAX_VOCAB) + 1
         if size > MAX_VOCAB:
@@ -103,6 +102,11 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def id_of(self, token: str) -> int | None:
+        """A token's id; None where there is none."""
+        found: int | None = self._fast.token_to_id(token)
+        return found
 
     def encode_marked(self, text: str) -> NDArray[np.uint32]:
         """Ids of a text whose special tokens are what they look like, as a chat template writes them."""
@@ -117,7 +121,7 @@ class JsonTokenizer(Tokenizer):
         return decoded
 
     def token_bytes(self) -> NDArray[np.int32]:
-        model = json.loads(self._text)  # neither large nor deep, and the library has read it: see __init__
+        model = json.loads(self.text)  # neither large nor deep, and the library has read it: see __init__
         specials = {t["id"] for t in model.get("added_tokens", []) if t.get("special")} | {self.eos}
         byte_level = "ByteLevel" in json.dumps(model.get("decoder") or {})  # one character a byte
         sizes = np.zeros(self.vocab, dtype=np.int32)
@@ -127,7 +131,7 @@ class JsonTokenizer(Tokenizer):
         return sizes
 
     def save(self) -> bytes:
-        saved = {"kind": "json", "name": self.name, "tokenizer": self._text}
+        saved = {"kind": "json", "name": self.name, "tokenizer": self.text}
         return json.dumps(saved | ({"words": self.words} if self.words else {})).encode()
 
 
@@ -137,6 +141,9 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, name: str, encoding: Any) -> None:
         self.name, self._encoding = name, encoding
         self.eos, self.vocab = encoding.eot_token, encoding.n_vocab
+        self.ranks: dict[bytes, int] = encoding._mergeable_ranks
+        self.specials: dict[str, int] = encoding._special_tokens
+        self.pattern: str = encoding._pat_str
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
@@ -147,20 +154,20 @@ class TiktokenTokenizer(Tokenizer):
 
     def token_bytes(self) -> NDArray[np.int32]:
         sizes = np.zeros(self.vocab, dtype=np.int32)
-        for token, i in self._encoding._mergeable_ranks.items():
+        for token, i in self.ranks.items():
             sizes[i] = len(token)
         return sizes
 
     def save(self) -> bytes:
-        ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda pair: pair[1])
+        ranks = sorted(self.ranks.items(), key=lambda pair: pair[1])
         lines = [base64.b64encode(token).decode() for token, _ in ranks]
         saved = {
             "kind": "tiktoken",
             "name": self.name,
-            "pattern": self._encoding._pat_str,
+            "pattern": self.pattern,
             "ranks": " ".join(lines),
             "ids": [rank for _, rank in ranks] if any(r != i for i, (_, r) in enumerate(ranks)) else None,
-            "special": self._encoding._special_tokens,
+            "special": self.specials,
         }
         return json.dumps(saved).encode()
 
@@ -212,27 +219,9 @@ def _tiktoken(value: dict[str, Any]) -> TiktokenTokenizer:
         raise ValueError(f"an id is none below {MAX_VOCAB}")
     if len(ranked) < len(tokens) or len(set(every)) < len(every):
         raise ValueError("a token or an id stands twice")
-    with _panics_are_errors():
+    with panics_are_errors():
         encoding = Encoding(name, pat_str=value["pattern"], mergeable_ranks=ranked, special_tokens=special)
     return TiktokenTokenizer(name, encoding)
-
-
-@contextmanager
-def _panics_are_errors() -> Iterator[None]:
-    """A library in Rust that panics raises what is no `Exception`, after it wrote a page to stderr: here a ValueError,
-    and no page."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"its library gave up: {error}") from None
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 @config

@@ -124,7 +124,12 @@ def config(decoder: Any) -> dict[str, Any]:
         made["sliding_window"] = heads.window
     elif heads.window:
         kinds = ["sliding_attention" if heads.window_of(i) else "full_attention" for i in range(it.depth)]
-        made |= {"use_sliding_window": True, "sliding_window": heads.window, "layer_types": kinds, "max_window_layers": 0}
+        made |= {
+            "use_sliding_window": True,
+            "sliding_window": heads.window,
+            "layer_types": kinds,
+            "max_window_layers": 0,
+        }
     elif family in ("qwen2", "qwen3"):
         made |= {"use_sliding_window": False, "sliding_window": None}
     return made

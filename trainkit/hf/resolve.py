@@ -26,7 +26,9 @@ def resolved(tree: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
     if model.get("kind") != KIND or model.get("config"):
         return tree
     if not model.get("name"):
-        raise UserError("model.name is missing: a folder, a GGUF file or the hub's OWNER/MODEL, as in model=hf model.name=...")
+        raise UserError(
+            "model.name is missing: a folder, a GGUF file or the hub's OWNER/MODEL, as in model=hf model.name=..."
+        )
     for key in given:
         part = key.removeprefix("model.").split(".")[0]
         if key.startswith("model.") and part not in (*OWN, *FREE):

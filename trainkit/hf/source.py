@@ -105,7 +105,9 @@ def _fetched(name: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED))
     except Exception as error:  # whatever a download raises
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(one_line(f"model.name={name} is no folder here, and could not be had of the hub: {why}")) from error
+        raise UserError(
+            one_line(f"model.name={name} is no folder here, and could not be had of the hub: {why}")
+        ) from error
 
 
 def _cache() -> Path:

@@ -68,7 +68,9 @@ class Decoder:
         heads, groups, k = self.attention.shape(self.width)
         matrices = self.width * k * (2 * heads + 2 * groups) + self.mlp.parameters(self.width, bias=False)
         windows = [min(self.attention.window_of(layer) or length, length) for layer in range(self.depth)]
-        seen = sum(w * (length - (w - 1) / 2) / length for w in windows)  # positions that a query sees on average, a layer
+        seen = sum(
+            w * (length - (w - 1) / 2) / length for w in windows
+        )  # positions that a query sees on average, a layer
         products = 6 if self.adapter is None else 4
         return self.depth * products * matrices + 12 * heads * k * seen + products * self.vocab * self.width
 

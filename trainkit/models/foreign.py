@@ -51,7 +51,9 @@ class Foreign:
         for key in AFTER_THE_HEAD:
             if getattr(said, key, None) not in (None, 1, 1.0):
                 raise UserError(f"{self._family} changes its logits after its head ({key}), which no loss here does")
-        made: nn.Module = transformers.AutoModelForCausalLM.from_config(said, dtype=torch.float32, trust_remote_code=False)
+        made: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            said, dtype=torch.float32, trust_remote_code=False
+        )
         return made
 
     def parameters(self) -> int:
@@ -89,7 +91,11 @@ class Foreign:
     def _said(self) -> Any:
         """transformers' own object of the config."""
         transformers = _transformers()
-        said = {key: value for key, value in (self.config or {}).items() if key not in ("model_type", "dtype", "torch_dtype")}
+        said = {
+            key: value
+            for key, value in (self.config or {}).items()
+            if key not in ("model_type", "dtype", "torch_dtype")
+        }
         if "auto_map" in said:
             raise UserError(f"{self._family} brings code of its own (auto_map), and nothing that is read here is run")
         try:
@@ -154,7 +160,10 @@ class ForeignBackbone(nn.Module):
         else:
             positions = positions_in(documents)  # where they begin again, transformers begins another document
         out = self.decoder(
-            input_ids=tokens, position_ids=positions.expand_as(tokens), past_key_values=caches, use_cache=caches is not None
+            input_ids=tokens,
+            position_ids=positions.expand_as(tokens),
+            past_key_values=caches,
+            use_cache=caches is not None,
         )
         hidden: Tensor = out.last_hidden_state
         return hidden

@@ -37,7 +37,9 @@ class RopeScaling:
             kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
         else:
             pairs = len(frequencies)
-            low, high = (pairs * math.log(self.original / (n * 2 * math.pi)) / math.log(theta) for n in (self.high, self.low))
+            low, high = (
+                pairs * math.log(self.original / (n * 2 * math.pi)) / math.log(theta) for n in (self.high, self.low)
+            )
             if self.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, 2 * pairs - 1)
