@@ -34,6 +34,7 @@ FLOORS = [
         "tracking",
         "profile",
         "hardware",
+        "speed",
         "randomness",
         "signals",
         "throughput",

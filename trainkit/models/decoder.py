@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from trainkit.config import Count, Fraction, Positive, config
 from trainkit.models.adapters import Adapter
-from trainkit.models.attention import Attention, AttentionMixer, Cache, attention_mask
+from trainkit.models.attention import Attention, AttentionMixer, Cache
+from trainkit.models.kernels import Kernel, Mask, additive, attention_mask
 from trainkit.models.layers import Embedding, Linear
 from trainkit.models.mlp import MLP, MLPBlock
 from trainkit.models.positions import RopeScaling, positions_in, rope_tables
@@ -78,17 +79,16 @@ class Decoder:
 class Block(nn.Module):
     """`forward(x_BTD, mask, rope) -> x_BTD`: attention and MLP, each normalised before and added after."""
 
-    def __init__(self, cfg: Decoder) -> None:
+    def __init__(self, cfg: Decoder, layer: int) -> None:
         super().__init__()
         self.attention_norm = _norm(cfg)
         self.attention = AttentionMixer(cfg.attention, cfg.width, cfg.bias, cfg.dropout, cfg.norm_eps)
+        self.attention.window = cfg.attention.window_of(layer)
         self.mlp_norm = _norm(cfg)
         self.mlp = MLPBlock(cfg.mlp, cfg.width, cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, rope, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -107,9 +107,17 @@ class Backbone(nn.Module):
         self.embed = Embedding(cfg.vocab, cfg.width)
         self.position = Embedding(cfg.context, cfg.width) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = _norm(cfg)
         self.head = None if cfg.tied else Linear(cfg.width, cfg.vocab, bias=False)
+        self.kernel: Kernel = "sdpa"
+
+    def use_attention(self, kernel: Kernel) -> None:
+        """Compute attention with these kernels from now on."""
+        self.kernel = kernel
+        for module in self.modules():
+            if isinstance(module, AttentionMixer):
+                module.kernel = kernel
 
     @property
     def unembed(self) -> Tensor:
@@ -147,7 +155,10 @@ class Backbone(nn.Module):
             rope = rope_tables(positions, k, cfg.rope_theta, x.dtype, cfg.rope_scaling)
         x = self.dropout(x)
         windows = [cfg.attention.window_of(layer) for layer in range(cfg.depth)]
-        masks = {w: attention_mask(documents, length, seen + length, w, device) for w in set(windows)}
+        masks = {
+            w: additive(attention_mask(documents, length, seen + length, w, device, self.kernel), x)
+            for w in set(windows)
+        }
         for i, block in enumerate(self.blocks):
             mask = masks[windows[i]]
             x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)

@@ -79,6 +79,11 @@ class Foreign:
         return int(self._said.hidden_size)
 
     @property
+    def dropout(self) -> float:
+        """What its attention drops."""
+        return float(getattr(self._said, "attention_dropout", 0.0) or 0.0)
+
+    @property
     def depth(self) -> int:
         """How many blocks it has."""
         return int(self._said.num_hidden_layers)
@@ -138,6 +143,11 @@ class ForeignBackbone(nn.Module):
             raise UserError(f"{type(self.inner).__name__} has no head, or one with a bias, which no loss here adds")
         weight: Tensor = head.weight
         return weight
+
+    def use_attention(self, kernel: str) -> None:
+        """Compute attention with these kernels from now on, by transformers' names for them."""
+        if kernel != "sdpa":
+            self.inner.set_attn_implementation({"flash": "flash_attention_2", "flex": "flex_attention"}[kernel])
 
     def caches(self) -> Any:
         """What a step of generation keeps of the positions before it."""
