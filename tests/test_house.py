@@ -253,6 +253,8 @@ def every_choice() -> list[str]:
 NEEDS = {
     "data=text": ["data.path=README.md"],
     "data=shards": ["data.path=anywhere"],
+    "task=sft": ["data=chat", "data.path=chats.jsonl"],
+    "data=chat": ["data.path=chats.jsonl"],
     "model=hf": [f"model.name={Path(__file__).parent / 'llama'}"],
     **{f"model.adapter={kind}": ["start_from=base"] for kind in ("lora", "dora", "qlora")},
     "data=mixture": ["data.sources.a.path=a", "data.sources.b.path=b"],

@@ -75,7 +75,7 @@ def _model(model: nn.Module, run: Run) -> tuple[dict[str, Any], dict[str, Tensor
     }
     if isinstance(run.model, Foreign):
         known = dict(run.model.config or {})
-        known.setdefault("architectures", [type(model.backbone.inner).__name__])  # type: ignore[union-attr]  # a Module
+        known.setdefault("architectures", [type(model.backbone.inner).__name__])
         return known, _untied({name.removeprefix("inner."): t for name, t in state.items()})
     try:
         described = families.config(run.model)
@@ -123,7 +123,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> bool:
     for key, how in (("loss", {"alpha": 0.6}), ("val_loss", {"marker": "o"})):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
-            axes.plot(*zip(*points), label=key, **how)  # type: ignore[arg-type]  # numbers of JSON
+            axes.plot(*zip(*points), label=key, **how)
     axes.set_xlabel("step")
     axes.set_ylabel("nats a token")
     axes.legend()

@@ -98,9 +98,10 @@ def _by_transformers(wanted: list[str], known: Mapping[str, Any], folder: Path) 
     from transformers import AutoModelForCausalLM
 
     weights.files(folder)  # refuses pickles
-    read, said = AutoModelForCausalLM.from_pretrained(
+    both: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
+    read, said = both
     if missing := sorted(said["missing_keys"]):
         raise UserError(f"{folder} has no tensor {missing[0]}, which its config ({known['model_type']}) speaks of")
     state = read.state_dict()

@@ -10,6 +10,7 @@ from trainkit import run as runs
 from trainkit.checkpoint import BadCheckpoint, Loaded, find, load
 from trainkit.checkpoint.manifest import Manifest
 from trainkit.data import tokenizers
+from trainkit.data.pretrained import tokenizer_at
 from trainkit.errors import DamagedError, UserError
 from trainkit.hf import source
 from trainkit.launch import policy
@@ -51,5 +52,5 @@ def _somebodys(name: str) -> tuple[Loaded, Run]:
     imports.read_into(model, folder)
     tensors = {MODEL + key: tensor.detach() for key, tensor in model.state_dict().items()}
     manifest = Manifest(run=run.name, step=0, time=time.time(), versions={}, facts={}, files={}, tensors={})
-    carried = {runs.FILE: run.yaml().encode(), "tokenizer.json": run.data.tokenizer.build(list).save()}
+    carried = {runs.FILE: run.yaml().encode(), "tokenizer.json": tokenizer_at(folder).save()}
     return Loaded(path=folder, step=0, manifest=manifest, tensors=tensors, state={}, files=carried), run

@@ -89,6 +89,8 @@ class Run:
             raise ValueError("deterministic=elastic sums whole gradients itself: use parallel=ddp or parallel=single")
         if self.deterministic == "elastic" and self.data.batch > MOST_ROWS:
             raise ValueError(f"deterministic=elastic sums {MOST_ROWS} rows at most: lower data.batch={self.data.batch}")
+        if self.task.kind == "sft" and self.data.kind != "chat":
+            raise ValueError("task=sft learns from conversations: give data=chat data.path=FILE.jsonl")
         if self.data.length > self.model.context:
             raise ValueError(f"data.length={self.data.length} is longer than model.context={self.model.context}")
         if self.precision.float8 is not None and self.model.width % MULTIPLE:

@@ -15,6 +15,7 @@ from annotated_types import Interval
 from trainkit.config import Count, Natural, Positive, config, how
 from trainkit.data import hub
 from trainkit.data.cache import prepared
+from trainkit.data.chat import Chat
 from trainkit.data.loader import Loader, rows
 from trainkit.data.prepare import Report
 from trainkit.data.shards import INDEX, Corpus, open_corpus
@@ -179,6 +180,6 @@ def _is_prepared(source: Source) -> bool:
     return (Path(source.path) / INDEX).is_file()
 
 
-Data = Text | Shards | Mixture
+Data = Text | Shards | Mixture | Chat
 
-__all__ = ["Data", "Mixture", "Shards", "Source", "Text"]
+__all__ = ["Chat", "Data", "Mixture", "Shards", "Source", "Text"]

@@ -15,8 +15,8 @@ def files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     text = tokenizer_json(tokenizer)
     from tokenizers import Tokenizer as Fast
 
-    eos = Fast.from_str(text).id_to_token(tokenizer.eos)
-    said = {f"{kind}_token": words[kind] for kind in KINDS if kind in words}
+    eos = str(Fast.from_str(text).id_to_token(tokenizer.eos))
+    said: dict[str, Any] = {f"{kind}_token": words[kind] for kind in KINDS if kind in words}
     said |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -46,13 +46,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     letters = _letters()
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if isinstance(tokenizer, BytesTokenizer):
-        vocab, merges, specials = {letters[b]: b for b in range(256)}, [], {END: tokenizer.eos}
-        fast = Fast(models.BPE(vocab, merges))
+        vocab, specials = {letters[b]: b for b in range(256)}, {END: tokenizer.eos}
+        fast = Fast(models.BPE(vocab, []))
         fast.pre_tokenizer = level
     elif isinstance(tokenizer, TiktokenTokenizer):
         ranks, specials = tokenizer.ranks, tokenizer.specials
         vocab = {_spelled(token, letters): rank for token, rank in ranks.items()}
-        merges = [tuple(_spelled(part, letters) for part in pair) for pair in _merges(ranks)]
+        merges = [(_spelled(one, letters), _spelled(other, letters)) for one, other in _merges(ranks)]
         from tokenizers import Regex
 
         fast = Fast(models.BPE(vocab, merges))

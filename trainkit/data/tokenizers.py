@@ -108,11 +108,13 @@ class JsonTokenizer(Tokenizer):
         found: int | None = self._fast.token_to_id(token)
         return found
 
-    def encode_marked(self, text: str) -> NDArray[np.uint32]:
-        """Ids of a text whose special tokens are what they look like, as a chat template writes them."""
+    def encode_marked(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text whose special tokens are what they look like, as a chat template writes them, and the character at
+        which each begins."""
         self._fast.encode_special_tokens = False
         try:
-            return self.encode(text)
+            encoded = self._fast.encode(text, add_special_tokens=False)
+            return encoded.ids, [begin for begin, _ in encoded.offsets]
         finally:
             self._fast.encode_special_tokens = True
 

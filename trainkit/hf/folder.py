@@ -62,7 +62,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_bytes: int = 
             size = 0
         groups[-1][name] = tensor.contiguous()
         size += tensor.nbytes
-    where = {}
+    where: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_file(group, folder / file, metadata={"format": "pt"})

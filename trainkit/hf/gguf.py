@@ -1,5 +1,6 @@
 """A GGUF file as a folder of safetensors, made once and kept: transformers reads it, and its numbers become float32."""
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -39,14 +40,13 @@ def converted(file: Path, cache: Path) -> Path:
 
 
 def _write(file: Path, folder: Path) -> None:
-    try:
-        import accelerate as _accelerate  # noqa: F401  # transformers asks for both when it is too late to say so
-        import gguf as _gguf  # noqa: F401
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UserError(f"{file} is read by transformers and gguf: pip install 'trainkit[hf]' ({error})") from error
+    for library in ("transformers", "gguf", "accelerate"):  # it says so too late, and otherwise
+        if importlib.util.find_spec(library) is None:
+            raise UserError(f"{file} is read by transformers, which needs {library}: pip install 'trainkit[hf]'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

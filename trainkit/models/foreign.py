@@ -114,13 +114,13 @@ class ForeignBackbone(nn.Module):
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner: Any = inner
 
     @property
     def decoder(self) -> nn.Module:
         """The model without its head."""
-        found: nn.Module = self.inner.get_decoder() if hasattr(self.inner, "get_decoder") else self.inner.base_model
-        return found
+        inner = self.inner
+        return inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -4,7 +4,8 @@ It owns the loss and how a global batch becomes gradients, because only it knows
 """
 
 from trainkit.tasks.causal_lm import CausalLM
+from trainkit.tasks.sft import SFT
 
-Task = CausalLM
+Task = CausalLM | SFT
 
-__all__ = ["CausalLM", "Task"]
+__all__ = ["SFT", "CausalLM", "Task"]

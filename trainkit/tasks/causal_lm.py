@@ -15,12 +15,10 @@ from trainkit.config import config
 from trainkit.tasks.loss import IGNORED, summed_loss
 
 
-@config
-class CausalLM:
-    """Next-token prediction (Radford et al. 2018)."""
+class NextToken:
+    """What every task does whose loss is a sum over tokens that were to be predicted."""
 
     metrics: ClassVar[tuple[str, ...]] = ("val_loss", "val_perplexity", "val_bits_per_byte")
-    kind: Literal["causal_lm"] = "causal_lm"
 
     def build(self, backbone: nn.Module) -> nn.Module:
         """The model whose forward this task calls."""
@@ -93,6 +91,13 @@ class CausalLM:
             "val_perplexity": math.exp(min(loss_per_token, 700)),
             "val_bits_per_byte": nats / math.log(2) / size if size else math.nan,
         }
+
+
+@config
+class CausalLM(NextToken):
+    """Next-token prediction (Radford et al. 2018)."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
 
 
 class LanguageModel(nn.Module):

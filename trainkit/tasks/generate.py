@@ -65,9 +65,8 @@ def generate(
 
 
 def _caches(model: nn.Module) -> Any:
-    if hasattr(model.backbone, "caches"):  # another's model has its own
-        return model.backbone.caches()  # type: ignore[operator]
-    return [Cache() for _ in model.backbone.blocks]  # type: ignore[union-attr]  # a task's model has a backbone of blocks
+    backbone: Any = model.backbone
+    return backbone.caches() if hasattr(backbone, "caches") else [Cache() for _ in backbone.blocks]
 
 
 def _uncompiled() -> AbstractContextManager[object]:
