@@ -59,6 +59,7 @@ FLOORS = [
         "show",
         "doctor",
         "sampling",
+        "say",
         "prepare",
         "merge",
         "imports",

@@ -137,20 +137,34 @@ def evaluate(
 @app.command()
 def generate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from; a new line by default.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts, one a line, or - for stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: the prompt, or each line of stdin, is answered.")] = False,
+    system: Annotated[str | None, typer.Option(help="What a chat begins with.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest only.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from this much probability.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     quantize: Quantize = None,
     runs: Runs = RUNS,
 ) -> None:
-    """Write text with a checkpoint."""
-    from trainkit import use
+    """Write text with a checkpoint, or with somebody's model: hf:NAME."""
+    from trainkit import say
 
-    use.generate(checkpoint, prompt, tokens, temperature, top_k, top_p, seed, device, quantize, runs)
+    how = {
+        "tokens": tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "until": stop or [],
+    }
+    where = {"prompts": prompts, "talk": chat, "system": system, "rows": rows, "device": device, "quantize": quantize}
+    say.generate(checkpoint, prompt, runs, **where, **how)  # type: ignore[arg-type]  # each by its name
 
 
 @app.command()

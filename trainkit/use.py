@@ -1,8 +1,6 @@
-"""Using a checkpoint: the verbs `evaluate` and `generate`."""
+"""Using a checkpoint: the verb `evaluate`."""
 
-import itertools
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -19,14 +17,13 @@ from trainkit.models.quantized import quantize as in_format
 from trainkit.opened import opened, tokenizer_of
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
-from trainkit.sampling import stream
 from trainkit.units import human_bytes
 
 
 def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | None, as_json: bool) -> None:
     """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`."""
     loaded, own = opened(which, root)
-    _refuse_format(quantize, own)
+    refuse_format(quantize, own)
     run = starts.with_kept_tokenizer(runs.saved(own.yaml(), overrides, free=("data",)), [loaded.path])
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
     build.check(run)
@@ -41,7 +38,7 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
     ranks = build.ranks(run)
     learner = build.learner(run, corpus, ranks)
     load_model(learner.model, loaded.tensors)
-    held = _quantized(learner.model, quantize)
+    held = quantized(learner.model, quantize)
     try:
         found = run.task.evaluate(
             learner.model, learner.loader.validation(run.evaluation.batches), ranks=ranks, stop=lambda: False
@@ -59,45 +56,8 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
             print(f"  {name.removeprefix('val_').replace('_', ' '):15} {value:.4f}")
 
 
-def generate(
-    which: str,
-    prompt: str,
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    device: str,
-    quantize: str | None,
-    root: Path,
-) -> None:
-    """Write the prompt and what the model goes on with to stdout, as it comes."""
-    loaded, run = opened(which, root)
-    _refuse_format(quantize, run)
-    tokenizer = tokenizer_of(loaded)
-    place = hardware.choose(device)
-    model = run.task.build(run.model.build()).to(place)
-    load_model(model, loaded.tensors)
-    model = run.precision.to_use(place).apply(model, place).eval()
-    _quantized(model, quantize)
-    written = stream(
-        model,
-        tokenizer,
-        prompt,
-        tokens=tokens,
-        context=run.model.context,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
-    for text in itertools.chain([prompt], written):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-
-
-def _refuse_format(form: str | None, run: Run) -> None:
+def refuse_format(form: str | None, run: Run) -> None:
+    """Raise UserError where weights cannot be held in this format."""
     if form is not None and form not in (known := get_args(Format)):
         raise UserError(f"--quantize {form} is not a format{nearest(form, known)}")
     if form is not None and run.model.adapter is not None:
@@ -106,7 +66,7 @@ def _refuse_format(form: str | None, run: Run) -> None:
         )
 
 
-def _quantized(model: torch.nn.Module, form: Any) -> dict[str, int]:
+def quantized(model: torch.nn.Module, form: Any) -> dict[str, int]:
     """Hold the blocks' weights in `form`, if one is given; the bytes of all weights."""
     if form is not None:
         in_format(model, form)

@@ -142,10 +142,11 @@ class Backbone(nn.Module):
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, caches: Sequence[Cache] | None = None, seen: int = 0
     ) -> Tensor:
-        """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them."""
+        """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them. `documents` are
+        of both then."""
         cfg, length, device = self.cfg, tokens.shape[1], tokens.device
         whole = torch.arange(seen, seen + length, device=device)
-        positions = whole if documents is None else positions_in(documents)
+        positions = whole if documents is None else positions_in(documents)[:, seen:]
         x = self.embed(tokens)
         rope = None
         if self.position is not None:
