@@ -172,12 +172,13 @@ def export(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT")],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, as PEFT reads it.")] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Write a folder that transformers opens: config, safetensors, tokenizer, model card."""
     from trainkit.export import export as write
 
-    write(checkpoint, out, runs, dtype=dtype)
+    write(checkpoint, out, runs, dtype=dtype, adapter=adapter)
 
 
 @app.command()

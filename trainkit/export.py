@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainkit import __version__
+from trainkit import __version__, imports
 from trainkit import run as runs
 from trainkit.benchmark.picture import can_draw
 from trainkit.checkpoint import Loaded
 from trainkit.data import exported
 from trainkit.data.tokenizers import Tokenizer
 from trainkit.errors import UserError, nearest
-from trainkit.hf import card, families, folder, names, source
+from trainkit.hf import card, families, folder, names, peft, source
 from trainkit.learner import load_model
 from trainkit.models import Foreign, adapters
 from trainkit.opened import opened, tokenizer_of
@@ -33,8 +34,8 @@ ids = tokenizer({prompt!r}, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))"""
 
 
-def export(which: str, out: Path, root: Path, *, dtype: str) -> None:
-    """Write the model of `which` into `out`, an adapter added to its base, and say what to do with it.
+def export(which: str, out: Path, root: Path, *, dtype: str, adapter: bool = False) -> None:
+    """Write the model of `which` into `out`, an adapter added to its base or (`adapter`) alone, and say what to do with it.
 
     Raises:
         UserError: `out` is there, or no architecture of transformers is this model.
@@ -45,6 +46,12 @@ def export(which: str, out: Path, root: Path, *, dtype: str) -> None:
     loaded, run = opened(which, root)
     model = run.task.build(run.model.build())
     load_model(model, loaded.tensors)
+    if adapter:
+        with folder.made(out) as place:
+            base = _write_adapter(model, run, place)
+        print(f"{out} holds the adapter of {run.name}, beside {base}. What to try next:")
+        print(f"  trainkit generate hf:{out} --prompt 'Call me'")
+        return
     with folder.made(out) as place:
         described, tensors = _model(model, run)
         tensors = {name: t.to(DTYPES[dtype]) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -82,6 +89,31 @@ def _model(model: nn.Module, run: Run) -> tuple[dict[str, Any], dict[str, Tensor
     except families.Unlike as why:
         raise UserError(f"{run.name} cannot be exported: no architecture of transformers is it; {why}") from why
     return described, names.theirs(state, run.model, described["model_type"])
+
+
+def _write_adapter(model: nn.Module, run: Run, place: Path) -> str:
+    """PEFT's files of a run's adapter; the model that it is beside."""
+    if run.model.adapter is None or not source.is_source(run.start_from):
+        raise UserError(
+            f"--adapter is of a run with a model.adapter that began with model=hf: {run.name} has none, or began with "
+            f"{run.start_from}, of which others know nothing"
+        )
+    base = (run.start_from or "").removeprefix(source.PREFIX)
+    base = str(source.base_of(source.located(base))) if Path(base).exists() else base
+    foreign = isinstance(run.model, Foreign)
+    family = "" if foreign else families.config(run.model)["model_type"]
+    places = imports.adapter_places(model, family)
+    layers = {}
+    for name, (layer, _, _) in places.items():
+        own = {"lora_a": layer.lora_a.detach(), "lora_b": layer.lora_b.detach()}
+        layers[name] = own | ({} if layer.magnitude is None else {"magnitude": layer.magnitude.detach()})
+    where = {name: place for name, (_, place, _) in places.items()}
+    tensors = peft.theirs(layers, where, {name: rows for name, (_, _, rows) in places.items()})
+    modules = [module.removesuffix(".weight") for place in where.values() for module in place.names]
+    _write_json(place / peft.CONFIG, peft.described(run.model.adapter, modules, base, conv=family == "gpt2"))
+    save_file(tensors, place / peft.FILE, metadata={"format": "pt"})
+    (place / runs.FILE).write_text(run.yaml())
+    return base
 
 
 def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

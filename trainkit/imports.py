@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
-from trainkit.hf import names, source, weights
+from trainkit.hf import names, peft, source, weights
 from trainkit.learner import Learner
-from trainkit.models.adapters import adapted, fill
+from trainkit.models.adapters import AdaptedLinear, adapted, fill
 from trainkit.models.foreign import ForeignBackbone
 from trainkit.run import Run
 
@@ -42,17 +42,25 @@ def load(run: Run, learner: Learner, tokenizer: Any) -> Path:
         UserError: they are another model's, or the data has another tokenizer's ids.
     """
     folder = source.located(run.start_from or "")
-    refuse_other_ids(folder, tokenizer)
+    refuse_other_ids(source.base_of(folder), tokenizer)
     read_into(learner.model, folder)
     return folder
 
 
 def read_into(model: nn.Module, folder: Path) -> None:
-    """Copy a folder's weights into a task's model, in place, one tensor at a time.
+    """Copy a folder's weights into a task's model, in place, one tensor at a time; of an adapter's folder those of its base,
+    and its own.
 
     Raises:
         UserError: one is missing, is left over, or has another shape.
     """
+    base = source.base_of(folder)
+    _read_base(model, base)
+    if base != folder:
+        _read_adapter(model, source.config_of(base)["model_type"], folder)
+
+
+def _read_base(model: nn.Module, folder: Path) -> None:
     known = source.config_of(folder)
     layers = {name.removeprefix("backbone."): layer for name, layer in adapted(model)}
     own = {name.removeprefix("backbone."): t.detach() for name, t in model.state_dict().items()}
@@ -69,6 +77,33 @@ def read_into(model: nn.Module, folder: Path) -> None:
                 fill(own[name], whole.to(own[name].device, own[name].dtype))
             if layer is not None and name.endswith(".weight"):
                 layer.adopt(whole if quantized else None)
+
+
+def adapter_places(model: nn.Module, family: str) -> dict[str, tuple[AdaptedLinear, names.Place, list[int]]]:
+    """The adapted layers of a task's model by name, with the modules of theirs that each is and the rows of each."""
+    found = {}
+    for name, layer in adapted(model):
+        bare = name.removeprefix("backbone.")
+        if isinstance(model.backbone, ForeignBackbone):
+            found[bare] = layer, names.Place((bare.removeprefix("inner."),)), [0]
+        else:
+            place = names.place(f"{bare}.weight", family)
+            found[bare] = layer, place, names.rows(bare, model.backbone.cfg)  # type: ignore[union-attr]  # our own
+    return found
+
+
+def _read_adapter(model: nn.Module, family: str, folder: Path) -> None:
+    given = peft.tensors(folder)
+    used: set[str] = set()
+    with torch.no_grad():
+        for layer, place, sizes in adapter_places(model, family).values():
+            own = {"lora_a": layer.lora_a.detach().clone(), "lora_b": layer.lora_b.detach().clone()}
+            own |= {} if layer.magnitude is None else {"magnitude": layer.magnitude.detach().clone()}
+            used |= peft.put(given, place, own, sizes)
+            for part, tensor in own.items():
+                fill(getattr(layer, part), tensor)
+    if odd := sorted(given.keys() - used):
+        raise UserError(f"{folder} has a tensor {odd[0]}, and this model nothing that it could be beside")
 
 
 def refuse_other_ids(folder: Path, tokenizer: Any) -> None:

@@ -52,5 +52,5 @@ def _somebodys(name: str) -> tuple[Loaded, Run]:
     imports.read_into(model, folder)
     tensors = {MODEL + key: tensor.detach() for key, tensor in model.state_dict().items()}
     manifest = Manifest(run=run.name, step=0, time=time.time(), versions={}, facts={}, files={}, tensors={})
-    carried = {runs.FILE: run.yaml().encode(), "tokenizer.json": tokenizer_at(folder).save()}
+    carried = {runs.FILE: run.yaml().encode(), "tokenizer.json": tokenizer_at(source.base_of(folder)).save()}
     return Loaded(path=folder, step=0, manifest=manifest, tensors=tensors, state={}, files=carried), run

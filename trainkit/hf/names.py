@@ -18,6 +18,7 @@ _LLAMA = {
     "mlp.into": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.out": ("mlp.down_proj",),
 }
+TOGETHER = [names for names in _LLAMA.values() if len(names) > 1]  # modules of theirs that are one of ours
 _GPT2_ENDS = {"embed": "transformer.wte", "position": "transformer.wpe", "norm": "transformer.ln_f"}
 _GPT2 = {
     "attention_norm": ("ln_1",),
@@ -90,13 +91,17 @@ def gathered(wanted: Iterator[str] | list[str], family: str, has: Callable[[str]
 
 def theirs(state: Mapping[str, Tensor], decoder: Any, family: str) -> dict[str, Tensor]:
     """Our backbone's tensors under a family's names, in its shapes."""
-    heads, groups, k = decoder.attention.shape(decoder.width)
-    qkv, hidden = [heads * k, groups * k, groups * k], decoder.mlp.width(decoder.width)
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        sizes = qkv if ".attention.qkv." in name else [hidden, hidden]
-        out |= place(name, family).split(tensor, sizes)
+        out |= place(name, family).split(tensor, rows(name, decoder))
     return out
+
+
+def rows(name: str, decoder: Any) -> list[int]:
+    """How many rows of our tensor of that name each of theirs is, where it is several."""
+    heads, groups, k = decoder.attention.shape(decoder.width)
+    hidden = decoder.mlp.width(decoder.width)
+    return [heads * k, groups * k, groups * k] if ".attention.qkv" in name else [hidden, hidden]
 
 
 def ours(state: Mapping[str, Tensor], wanted: list[str], family: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainkit.errors import RefusedError, UserError
-from trainkit.hf import families, source
+from trainkit.hf import families, peft, source
 
 KIND = "hf"
 OWN = ("kind", "name", "pretrained")
@@ -34,19 +34,28 @@ def resolved(tree: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
         if key.startswith("model.") and part not in (*OWN, *FREE):
             raise RefusedError(f"{key} is what {model['name']} says itself: leave it out, or take another model=")
     folder = source.located(model["name"])
-    known = source.config_of(folder)
+    base = source.base_of(folder)
+    known = source.config_of(base)
     said = {key: value for key, value in model.items() if key in FREE}
     try:
         found: dict[str, Any] = {"kind": "decoder", **families.fields(known), **said}
     except families.Unlike:  # it is trained as transformers has it
         own = {key: value for key, value in model.items() if key in OWN}
         found = {**own, "config": known, "context": _context(known), **said}
+    if base != folder:
+        fused = found["kind"] == "decoder"
+        found["adapter"] = {**peft.fields(folder, fused=fused), **_held(found.get("adapter"))}
     tree = {**tree, "model": found}
     if model.get("pretrained", True) and tree.get("start_from") is None:
         tree["start_from"] = f"{source.PREFIX}{model['name']}"
     if tree.get("name", "").startswith(f"{KIND}-") and "name" not in given:
         tree["name"] = source.label(model["name"]) + tree["name"].removeprefix(KIND)
-    return _with_its_tokenizer(tree, str(folder), given)
+    return _with_its_tokenizer(tree, str(base), given)
+
+
+def _held(adapter: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a person may say of somebody's adapter: what the weights beside it are held in."""
+    return {key: value for key, value in (adapter or {}).items() if key in ("quantize", "double_quantize")}
 
 
 def _context(known: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from trainkit.errors import UserError
-from trainkit.hf import gguf
+from trainkit.hf import gguf, peft
 from trainkit.hf.weights import files
 from trainkit.strict import one_line, parse_json, read_file, reason
 
@@ -39,7 +39,7 @@ def located(name: str) -> Path:
     if path.suffix == ".gguf":
         return gguf.converted(path, _cache())
     if path.is_dir():
-        if not (path / CONFIG).is_file():
+        if not (path / CONFIG).is_file() and not peft.is_adapter(path):
             raise UserError(f"{path} is no model's folder: it holds no {CONFIG}")
         return path
     if path.exists() or not _HUB_ID.fullmatch(name):
@@ -66,10 +66,26 @@ def config_of(folder: Path) -> dict[str, Any]:
     return value
 
 
+def base_of(folder: Path) -> Path:
+    """The folder of a model; of an adapter, that of the model which it is beside."""
+    if not peft.is_adapter(folder):
+        return folder
+    name = peft.config_of(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{folder / peft.CONFIG} does not say which model it is beside (base_model_name_or_path)")
+    return located(name)
+
+
 def identity(folder: Path) -> str:
     """What a model is, wherever it lies: its folder's name, and a hash of its config and of all its weights."""
-    digest = hashlib.sha256(json.dumps(config_of(folder), sort_keys=True).encode())
-    for file in files(folder):
+    digest = hashlib.sha256()
+    if peft.is_adapter(folder):
+        digest.update(_content(folder / peft.CONFIG) + _content(folder / peft.FILE))
+        base = base_of(folder)
+    else:
+        base = folder
+    digest.update(json.dumps(config_of(base), sort_keys=True).encode())
+    for file in files(base):
         digest.update(_content(file))
     return f"{PREFIX}{_short(folder)}@{digest.hexdigest()[:16]}"
 
