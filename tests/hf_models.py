@@ -52,6 +52,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-window": ("Qwen2", WINDOW),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-wide": ("Qwen3", {"head_dim": 128, "num_hidden_layers": 2}),  # as transformers reads of a GGUF file
     "arcee": ("Arcee", {}),
     "gpt2": ("GPT2", {}),
 }

@@ -173,12 +173,15 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, as PEFT reads it.")] = False,
+    gguf: Annotated[str | None, typer.Option(help="Also a GGUF file: fp32, fp16, bf16 or q8_0.")] = None,
+    push: Annotated[str | None, typer.Option(help="Put the folder on the Hugging Face hub, as OWNER/NAME.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Where only its owner sees it.")] = False,
     runs: Runs = RUNS,
 ) -> None:
     """Write a folder that transformers opens: config, safetensors, tokenizer, model card."""
     from trainkit.export import export as write
 
-    write(checkpoint, out, runs, dtype=dtype, adapter=adapter)
+    write(checkpoint, out, runs, dtype=dtype, adapter=adapter, gguf=gguf, push=push, private=private)
 
 
 @app.command()

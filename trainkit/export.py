@@ -16,7 +16,8 @@ from trainkit.checkpoint import Loaded
 from trainkit.data import exported
 from trainkit.data.tokenizers import Tokenizer
 from trainkit.errors import UserError, nearest
-from trainkit.hf import card, families, folder, names, peft, source
+from trainkit.hf import card, families, folder, names, peft, source, to_gguf
+from trainkit.hf import push as hub
 from trainkit.learner import load_model
 from trainkit.models import Foreign, adapters
 from trainkit.opened import opened, tokenizer_of
@@ -34,7 +35,17 @@ ids = tokenizer({prompt!r}, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))"""
 
 
-def export(which: str, out: Path, root: Path, *, dtype: str, adapter: bool = False) -> None:
+def export(
+    which: str,
+    out: Path,
+    root: Path,
+    *,
+    dtype: str,
+    adapter: bool = False,
+    gguf: str | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> None:
     """Write the model of `which` into `out`, an adapter added to its base or (`adapter`) alone, and say what to do with it.
 
     Raises:
@@ -42,6 +53,14 @@ def export(which: str, out: Path, root: Path, *, dtype: str, adapter: bool = Fal
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is none{nearest(dtype, DTYPES)}")
+    if gguf is not None and gguf not in to_gguf.FORMS:
+        raise UserError(f"--gguf {gguf} is none{nearest(gguf, to_gguf.FORMS)}")
+    if adapter and gguf:
+        raise UserError(
+            "--gguf writes a whole model, and --adapter only what was learned beside one: give one of the two"
+        )
+    if push is not None:
+        hub.check(push)
     folder.refuse_what_is_there(out)
     loaded, run = opened(which, root)
     model = run.task.build(run.model.build())
@@ -51,9 +70,13 @@ def export(which: str, out: Path, root: Path, *, dtype: str, adapter: bool = Fal
             base = _write_adapter(model, run, place)
         print(f"{out} holds the adapter of {run.name}, beside {base}. What to try next:")
         print(f"  trainkit generate hf:{out} --prompt 'Call me'")
+        _pushed(out, push, private, run, loaded)
         return
     with folder.made(out) as place:
         described, tensors = _model(model, run)
+        if gguf is not None:
+            to_gguf.check(described)
+        whole = tensors
         tensors = {name: t.to(DTYPES[dtype]) if t.is_floating_point() else t for name, t in tensors.items()}
         folder.write_tensors(place, tensors)
         tokenizer = tokenizer_of(loaded)
@@ -63,6 +86,10 @@ def export(which: str, out: Path, root: Path, *, dtype: str, adapter: bool = Fal
         described |= ends | {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "use_cache": True}
         _write_json(place / source.CONFIG, described)
         _write_json(place / "generation_config.json", ends)
+        if gguf is not None:
+            file, text = place / f"model-{gguf}.gguf", exported.tokenizer_json(tokenizer)
+            template = getattr(tokenizer, "words", {}).get("template")
+            to_gguf.write(file, described, whole, text, ends, template, gguf, out.name)
         rows = _metrics(loaded)
         drawn = _draw(rows, place / "loss.png")
         (place / "README.md").write_text(_card(loaded, run, rows, drawn, out.name))
@@ -73,6 +100,13 @@ def export(which: str, out: Path, root: Path, *, dtype: str, adapter: bool = Fal
     )
     print(f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}')('Call me'))\"")
     print(f"  trainkit train model=hf model.name={out} data=text data.path=A_FOLDER")
+    _pushed(out, push, private, run, loaded)
+
+
+def _pushed(out: Path, repository: str | None, private: bool, run: Run, loaded: Loaded) -> None:
+    if repository is not None:
+        message = f"{run.name} at step {loaded.step}, by trainkit {__version__}"
+        print(f"it is at {hub.push(out, repository, private=private, message=message)}")
 
 
 def _model(model: nn.Module, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:

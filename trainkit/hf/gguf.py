@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -60,4 +61,19 @@ def _write(file: Path, folder: Path) -> None:
     plain = type(read)(type(read.config).from_dict(said))  # one that was read from a GGUF file refuses to be saved
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(folder)
+    _name_specials(file, tokenizer)
     tokenizer.save_pretrained(folder)
+
+
+def _name_specials(file: Path, tokenizer: Any) -> None:
+    """Give a tokenizer the special tokens and the chat template that its file names, where transformers passed them over."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    for kind in ("bos", "eos", "pad"):
+        field = reader.get_field(f"tokenizer.ggml.{kind}_token_id")
+        if field is not None and getattr(tokenizer, f"{kind}_token") is None:
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
+    template = reader.get_field("tokenizer.chat_template")
+    if template is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = template.contents()

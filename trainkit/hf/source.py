@@ -118,7 +118,8 @@ def _fetched(name: str) -> Path:
         raise UserError(f"{name} is on the Hugging Face hub: pip install 'trainkit[hf]'") from error
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED))
+        endpoint = os.environ.get("HF_ENDPOINT")
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=WANTED, endpoint=endpoint))
     except Exception as error:  # whatever a download raises
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
