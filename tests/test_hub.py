@@ -94,6 +94,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._body()
+        if "/tree/" in self.path:
+            listed = [{"type": "file", "path": n, "size": len(c), "oid": OID} for n, c in self.files.items()]
+            self._answer(content=json.dumps(listed).encode())
+            return
         if self.path.startswith("/api/models/"):
             self._answer({"id": "me/mine", "sha": OID, "siblings": [{"rfilename": name} for name in self.files]})
             return
@@ -120,7 +124,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, place: Path) -> Iterator[type[Hub]]:
     address = f"http://127.0.0.1:{server.server_port}"
     for name, value in {"HF_ENDPOINT": address, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     yield handler
