@@ -221,7 +221,7 @@ def test_sharegpt_is_read_too(place: Path) -> None:
 
 
 def test_what_does_not_go_together() -> None:
-    with pytest.raises(UserError, match="task=sft learns from conversations: give data=chat"):
+    with pytest.raises(UserError, match="task=sft learns from conversations, and data=text has text"):
         runs.composed(["task=sft"])
     with pytest.raises(UserError, match="data.path is missing: give a file of conversations"):
         Chat(length=8, batch=1).check()

@@ -16,6 +16,7 @@ from tests.test_models import decoder
 from trainkit import build, cli, imports
 from trainkit import run as runs
 from trainkit.data import exported, tokenizers
+from trainkit.data.learned import LEARNED
 from trainkit.data.tokenizers import BytesTokenizer, JsonTokenizer, Tokenizer
 from trainkit.errors import UserError
 from trainkit.export import export
@@ -163,7 +164,7 @@ def test_a_narrow_export_is_half_as_large(place: Path) -> None:
 
 def tiktoken_like() -> Tokenizer:
     """A byte-pair encoding as tiktoken has it, trained here."""
-    learner = tokenizers._trained(300, [TEXT * 3])
+    learner = JsonTokenizer(LEARNED["bpe"](300, [TEXT * 3]), "bpe")
     assert isinstance(learner, JsonTokenizer)
     letters = {c: b for b, c in enumerate(exported._letters())}
     vocab = json.loads(learner.text)["model"]["vocab"]
@@ -180,7 +181,9 @@ def tiktoken_like() -> Tokenizer:
     return tokenizers.load(json.dumps(saved).encode())
 
 
-@pytest.mark.parametrize("make", [BytesTokenizer, tiktoken_like, lambda: tokenizers._trained(300, [TEXT])])
+@pytest.mark.parametrize(
+    "make", [BytesTokenizer, tiktoken_like, lambda: JsonTokenizer(LEARNED["bpe"](300, [TEXT]), "bpe")]
+)
 def test_tokenizers_give_the_same_ids(make: Callable[[], Tokenizer], place: Path) -> None:
     ours = make()
     for name, content in exported.files(ours, 64).items():

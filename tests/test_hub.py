@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from tests.conftest import TEXT
 from tests.hf_models import folder, ids
 from trainkit import cli
-from trainkit.data import tokenizers
+from trainkit.data.learned import LEARNED
+from trainkit.data.tokenizers import JsonTokenizer
 from trainkit.errors import UserError
 from trainkit.export import export
 from trainkit.hf import push, source
@@ -175,7 +176,7 @@ needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason
 @pytest.mark.parametrize("form", ["fp32", "q8_0"])
 def test_a_gguf_file_holds_the_same_model(kind: str, form: str, place: Path) -> None:
     where = folder(kind, place)
-    learned = tokenizers._trained(290, [TEXT])
+    learned = JsonTokenizer(LEARNED["bpe"](290, [TEXT]), "bpe")
     said = json.loads(learned.text) | {"added_tokens": []}  # type: ignore[attr-defined]  # a JsonTokenizer
     fast = Tokenizer.from_str(json.dumps(said))
     fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])

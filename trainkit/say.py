@@ -44,6 +44,8 @@ def generate(
         raise UserError("--system begins a conversation: give --chat with it")
     loaded, run = opened(which, root)
     refuse_format(quantize, run)
+    if not run.task.writes:
+        raise UserError(f"{run.name} has learned task={run.task.kind}, which writes no text")
     tokenizer, place = tokenizer_of(loaded), hardware.choose(device)
     model = run.task.build(run.model.build()).to(place)
     load_model(model, loaded.tensors)

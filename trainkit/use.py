@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from trainkit import build, hardware
+from trainkit import build, embed, hardware
 from trainkit import run as runs
 from trainkit import start as starts
 from trainkit.errors import UserError, nearest
@@ -24,6 +24,9 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
     """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`."""
     loaded, own = opened(which, root)
     refuse_format(quantize, own)
+    if own.task.takes == "pairs":
+        embed.report(loaded, own, overrides, quantize=quantize, as_json=as_json)
+        return
     run = starts.with_kept_tokenizer(runs.saved(own.yaml(), overrides, free=("data",)), [loaded.path])
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
     build.check(run)
@@ -57,7 +60,7 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
 
 
 def refuse_format(form: str | None, run: Run) -> None:
-    """Raise UserError where weights cannot be held in this format."""
+    """Raise UserError when the blocks' weights cannot be held in `form`."""
     if form is not None and form not in (known := get_args(Format)):
         raise UserError(f"--quantize {form} is not a format{nearest(form, known)}")
     if form is not None and run.model.adapter is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from annotated_types import Interval
 
 from trainkit.config import Count, Natural, config, how
 from trainkit.data import hub, templates, tokenizers
+from trainkit.data.learned import LEARNED
 from trainkit.data.loader import Loader
 from trainkit.data.packing import PackedRows, Sequences
 from trainkit.data.sources import find, lines, spans
@@ -63,6 +64,7 @@ class Chat:
     end.
     """
 
+    gives: ClassVar[str] = "conversations"
     kind: Literal["chat"] = "chat"
     path: str | None = how(None)
     field: str = "messages"
@@ -85,7 +87,7 @@ class Chat:
             raise UserError(
                 "data.path is missing: give a file of conversations, such as data=chat data.path=chats.jsonl"
             )
-        if self.tokenizer.kind == "bpe":
+        if self.tokenizer.kind in LEARNED:
             raise UserError(
                 "data=chat trains no tokenizer: use model=hf, whose own comes along, or data.tokenizer.kind=hf"
             )

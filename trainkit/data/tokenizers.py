@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainkit.config import Count, config, how
+from trainkit.data.learned import END, LEARNED
 from trainkit.data.panics import panics_are_errors
 from trainkit.errors import UserError
 from trainkit.strict import one_line, parse_json, refuse_large
 
-END = "<|endoftext|>"
 TIKTOKEN = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}  # with their special tokens
 MAX_BYTES = 96 << 20  # of a tokenizer; the largest in use have half as many
 MAX_NODES = 2_250_000  # values in its JSON; they have two millions
@@ -36,6 +36,15 @@ class Tokenizer:
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Ids of a text."""
         raise NotImplementedError
+
+    def encode_all(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that belong before and behind a text that stands alone, by the tokenizer's own word; none if it has
+        none."""
+        return (), ()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are no UTF-8 become the replacement character, `eos` nothing."""
@@ -117,6 +126,15 @@ class JsonTokenizer(Tokenizer):
             return encoded.ids, [begin for begin, _ in encoded.offsets]
         finally:
             self._fast.encode_special_tokens = True
+
+    def encode_all(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        found = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.uint32) for one in found]
+
+    def template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        whole = self._fast.encode("a", add_special_tokens=True)
+        inside = [i for i, special in enumerate(whole.special_tokens_mask) if not special]
+        return tuple(whole.ids[: inside[0]]), tuple(whole.ids[inside[-1] + 1 :])
 
     def decode(self, ids: Sequence[int]) -> str:
         decoded: str = self._fast.decode([i for i in ids if i != self.eos], skip_special_tokens=False)
@@ -228,11 +246,12 @@ def _tiktoken(value: dict[str, Any]) -> TiktokenTokenizer:
 
 @config
 class TokenizerConfig:
-    """Which tokenizer reads a text: `bytes`; `bpe`, trained on the text to `vocab` ids; `file`, a tokenizer.json at
-    `path`; `hf`, that of a model's folder, with its chat template; or `gpt2`, `cl100k` and `o200k`, which tiktoken fetches
-    once (TIKTOKEN_CACHE_DIR)."""
+    """Which tokenizer reads a text: `bytes`; `bpe`, trained on the text to `vocab` ids; `wordpiece`, likewise, of
+    lower-case words (it reads, and cannot write: spaces and capitals are lost); `file`, a tokenizer.json at `path`; `hf`,
+    that of a model's folder, with its chat template; or `gpt2`, `cl100k` and `o200k`, which tiktoken fetches once
+    (TIKTOKEN_CACHE_DIR)."""
 
-    kind: Literal["bytes", "bpe", "file", "hf", "gpt2", "cl100k", "o200k"] = "bytes"
+    kind: Literal["bytes", "bpe", "wordpiece", "file", "hf", "gpt2", "cl100k", "o200k"] = "bytes"
     vocab: Count = 4096
     path: str | None = how(None)
 
@@ -240,12 +259,12 @@ class TokenizerConfig:
         if self.kind in ("file", "hf") and self.path is None:
             where = "a tokenizer.json" if self.kind == "file" else "a model's folder"
             raise ValueError(f"data.tokenizer.path is missing: a tokenizer of kind {self.kind} is read from {where}")
-        if self.kind == "bpe" and self.vocab < 257:
+        if self.kind in LEARNED and self.vocab < 257:
             raise ValueError(f"data.tokenizer.vocab={self.vocab} cannot hold the 256 bytes and the end of text")
 
     def size(self) -> int:
         """How many ids it has, without reading any text."""
-        if self.kind == "bpe":
+        if self.kind in LEARNED:
             return self.vocab
         return TIKTOKEN[self.kind] if self.kind in TIKTOKEN else self._ready().vocab
 
@@ -254,8 +273,11 @@ class TokenizerConfig:
         return f"{self.kind} {self._ready().identity['sha256']}" if self.kind in ("file", "hf") else str(self)
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """The tokenizer; `texts` are what a bpe learns from."""
-        return _trained(self.vocab, texts()) if self.kind == "bpe" else self._ready()
+        """The tokenizer; `texts` are what a bpe or a wordpiece learns from."""
+        return self._learned(texts()) if self.kind in LEARNED else self._ready()
+
+    def _learned(self, texts: Iterable[str]) -> Tokenizer:
+        return JsonTokenizer(LEARNED[self.kind](self.vocab, texts), self.kind)
 
     def _ready(self) -> Tokenizer:
         if self.kind == "bytes":
@@ -274,11 +296,3 @@ class TokenizerConfig:
                 f"the tokenizer {self.kind} could not be fetched ({type(error).__name__}): put its file into the folder "
                 f"that TIKTOKEN_CACHE_DIR names, or use data.tokenizer.kind=bpe"
             ) from error
-
-
-def _trained(vocab: int, texts: Iterable[str]) -> Tokenizer:
-    from tokenizers import ByteLevelBPETokenizer
-
-    learner = ByteLevelBPETokenizer()
-    learner.train_from_iterator(texts, vocab_size=vocab, special_tokens=[END], show_progress=False)
-    return JsonTokenizer(learner._tokenizer.to_str(), "bpe")

@@ -62,6 +62,8 @@ def config(decoder: Any) -> dict[str, Any]:
         Unlike: no architecture of transformers is it, and why.
     """
     it, heads = decoder, decoder.attention
+    if not heads.causal or it.depth == 0:
+        raise Unlike("none of those that are written here sees both sides, or has no blocks")
     _, groups, k = heads.shape(it.width)
     qkv_bias = it.bias if heads.qkv_bias is None else heads.qkv_bias
     if (it.norm, it.position, it.bias) == ("layernorm", "learned", True):

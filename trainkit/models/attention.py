@@ -19,7 +19,9 @@ from trainkit.models.positions import rotate
 class Attention:
     """`kv_heads` under `heads` shares keys and values between groups of queries; `window` is how many positions back a
     query sees, itself included, but in `full_layers` (numbers from 0), which see all; `qk_norm` normalises queries and keys a
-    head before they meet; `qkv_bias` says whether these have a bias where the rest of the model says otherwise."""
+    head before they meet; `qkv_bias` says whether these have a bias where the rest of the model says otherwise. Where it is
+    not `causal` a query sees what follows as well, a `window` of it on either side: an encoder's attention (Devlin et al.
+    2019, arXiv:1810.04805)."""
 
     heads: Count
     kv_heads: Count | None = None
@@ -28,6 +30,7 @@ class Attention:
     qk_norm: bool = False
     full_layers: tuple[Natural, ...] = ()
     qkv_bias: bool | None = None
+    causal: bool = True
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """(H, G, K) in a model of this width.
@@ -71,7 +74,7 @@ class Cache:
 
 class AttentionMixer(nn.Module):
     """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` is what `attention_mask` gave; None is causal, and for a single
-    new position everything before it."""
+    new position everything before it; in an encoder it is everything."""
 
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ class AttentionMixer(nn.Module):
         self.out = Linear(self.heads * self.k, width, bias=bias)
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
-        self.dropout = dropout
+        self.dropout, self.causal = dropout, cfg.causal
         self.window = cfg.window
         self.kernel: Kernel = "sdpa"
 
@@ -95,5 +98,5 @@ class AttentionMixer(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, mask, self.kernel, window=self.window, dropout=dropout)
+        y = attend(q, k, v, mask, self.kernel, window=self.window, dropout=dropout, causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))

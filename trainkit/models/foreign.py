@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainkit.config import Count, config, how
 from trainkit.errors import UserError
 from trainkit.models.adapters import Adapter
+from trainkit.models.attention import Attention
 from trainkit.models.positions import positions_in
 
 # what some models do to their logits after the head, which is not in the head's matrix
@@ -61,10 +62,11 @@ class Foreign:
         with torch.device("meta"):
             return sum(p.numel() for p in self.made().parameters())
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: int, *, head: bool = True) -> float:
         """Six for each number of it but its embedding's, and what causal attention of `length` tokens takes. Of a mixture
-        of experts all count, though some compute."""
-        matrices = self.parameters() - (0 if self._said.tie_word_embeddings else self.vocab * self.width)
+        of experts all count, though some compute. `head` says whether logits are made."""
+        ends = self.vocab * self.width
+        matrices = self.parameters() - (ends if head else 2 * ends) + (ends if self._said.tie_word_embeddings else 0)
         products = 6 if self.adapter is None else 4
         return products * matrices + 6 * self.depth * self.width * length
 
@@ -77,6 +79,11 @@ class Foreign:
     def width(self) -> int:
         """D."""
         return int(self._said.hidden_size)
+
+    @property
+    def attention(self) -> Attention:
+        """What a task asks of: a query sees what is before it."""
+        return Attention(heads=int(self._said.num_attention_heads))
 
     @property
     def dropout(self) -> float:

@@ -4,8 +4,10 @@ It owns the loss and how a global batch becomes gradients, because only it knows
 """
 
 from trainkit.tasks.causal_lm import CausalLM
+from trainkit.tasks.embedding import Embedding
+from trainkit.tasks.mlm import MaskedLM
 from trainkit.tasks.sft import SFT
 
-Task = CausalLM | SFT
+Task = CausalLM | SFT | Embedding | MaskedLM
 
-__all__ = ["SFT", "CausalLM", "Task"]
+__all__ = ["SFT", "CausalLM", "Embedding", "MaskedLM", "Task"]

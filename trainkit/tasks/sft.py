@@ -1,6 +1,6 @@
 """Learn to answer: next-token prediction over what an assistant wrote (Ouyang et al. 2022, arXiv:2203.02155)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trainkit.config import config
 from trainkit.tasks.causal_lm import NextToken
@@ -10,4 +10,5 @@ from trainkit.tasks.causal_lm import NextToken
 class SFT(NextToken):
     """Supervised fine-tuning. What has a loss, and what stands in a row together, is the data's to say (`data=chat`)."""
 
+    takes: ClassVar[str] = "conversations"
     kind: Literal["sft"] = "sft"
