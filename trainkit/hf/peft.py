@@ -39,7 +39,8 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG} cannot be read: {reason(error)}") from error
     if not isinstance(said, dict) or said.get("peft_type") != "LORA" or not isinstance(said.get("r"), int):
         raise UserError(f"{folder} is no LoRA or DoRA adapter, and other kinds are not known here")
-    for key, usual in {"bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}.items():
+    usually: dict[str, Any] = {"bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+    for key, usual in usually.items():
         if said.get(key, usual) not in (usual, None, [], {}):
             raise UserError(f"{folder} has {key}={said[key]} in its {CONFIG}, which an adapter here cannot be")
     return said
