@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.test_choices import NEEDS
 from trainkit import run as runs
 from trainkit.choices import choices
 from trainkit.hf import names
@@ -53,7 +54,7 @@ def tokens(rows: int = 2, length: int = 12) -> Tensor:
 
 @pytest.mark.parametrize("name", [name for name in choices()["model"] if name != "hf"])
 def test_a_preset_has_the_parameters_that_it_says(name: str) -> None:
-    cfg = runs.composed([f"model={name}"]).model
+    cfg = runs.composed([f"model={name}", *NEEDS.get(f"model={name}", [])]).model
     with torch.device("meta"):
         backbone = CausalLM().build(cfg.build())
     count = sum(p.numel() for p in backbone.parameters())
