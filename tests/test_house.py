@@ -15,7 +15,7 @@ from trainkit.errors import UserError
 
 ROOT = Path(trainkit.__file__).parent
 FLOORS = [
-    {"config", "trees", "errors", "units", "choices", "atomic", "strict", "fingerprint"},
+    {"config", "trees", "errors", "units", "choices", "atomic", "strict", "fingerprint", "slices"},
     {
         "models",
         "data",
@@ -40,7 +40,7 @@ FLOORS = [
         "overrides",
         "versions",
     },
-    {"tasks", "checkpoint", "history", "fitting"},
+    {"tasks", "checkpoint", "history", "fitting", "states"},
     {"learner"},
     {"replay", "saves"},
     {"trainer"},
@@ -48,6 +48,7 @@ FLOORS = [
     {
         "benchmark",
         "build",
+        "spread",
         "header",
         "checkpoints",
         "convert",

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import fitting, hardware, optimizers, randomness, versions
+from trainkit import fitting, hardware, optimizers, spread, versions
 from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit import start as starts
@@ -39,7 +39,7 @@ def check(run: Run) -> None:
     Raises:
         UserError: the data is not there, or its vocabulary does not fit the model.
     """
-    run.parallel.check()
+    spread.check(run)
     run.precision.check(hardware.choose(run.parallel.device))
     run.data.check()
     run.profile.check()
@@ -55,11 +55,7 @@ def ranks(run: Run) -> Ranks:
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     """All that learns, and nothing that writes: enough for tests and benchmarks."""
     _refuse_small_vocabulary(corpus.vocab, run)
-    randomness.seed_all(run.seed)
-    model = run.task.build(run.model.build()).to(ranks.home)
-    model = run.precision.apply(model, ranks.device)
-    model = run.memory.apply(model, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
-    model = ranks.apply(model, exact_sums=run.deterministic == "elastic")
+    model = spread.model(run, ranks)
     _compile(model, run.compile)
     return Learner(
         task=run.task,

@@ -4,6 +4,7 @@ Multi-head (Vaswani et al. 2017, arXiv:1706.03762), grouped-query (Ainslie et al
 (Beltagy et al. 2020, arXiv:2004.05150), query/key normalisation (Henry et al. 2020, arXiv:2010.04245).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,7 @@ class Cache:
 
 class AttentionMixer(nn.Module):
     """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` (B or 1, 1, T, S) bool, true where a query may look; None is causal,
-    and for a single new position everything before it."""
+    and for a single new position everything before it. `elsewhere` adds keys and values (B, G, T, K) that other ranks have."""
 
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
@@ -73,6 +74,7 @@ class AttentionMixer(nn.Module):
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.dropout = dropout
+        self.elsewhere: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def forward(
         self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
@@ -85,6 +87,8 @@ class AttentionMixer(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(k, v)
+        elif self.elsewhere is not None:
+            k, v = self.elsewhere(k, v)
         shared = self.groups != self.heads
         if shared and mask is not None:  # with a mask, CUDA's fused kernels want a key head for each query head
             k, v = (p.repeat_interleave(self.heads // self.groups, 1) for p in (k, v))
@@ -93,7 +97,7 @@ class AttentionMixer(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and x.shape[1] > 1,
+            is_causal=mask is None and q.shape[2] > 1,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=shared and mask is None,
         )

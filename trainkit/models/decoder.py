@@ -3,7 +3,7 @@
 B rows, T positions, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -49,6 +49,15 @@ class Decoder:
         backbone = Backbone(self)
         backbone.init_weights()
         return self.adapter.apply(backbone) if self.adapter else backbone
+
+    def frame(self) -> nn.Module:
+        """The backbone without memory, on the meta device, for `fresh` weights."""
+        with torch.device("meta"):
+            return Backbone(self)
+
+    def fresh(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of `build()`, one at a time."""
+        return fresh(self)
 
     def parameters(self) -> int:
         """How many numbers it has, an adapter aside, by arithmetic: nothing is built."""
@@ -116,37 +125,87 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal weights, zero biases; what a block adds to the residual starts smaller, by the number of additions."""
-        cfg = self.cfg
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                residual = name.endswith(("attention.out", "mlp.out"))
-                nn.init.normal_(module.weight, std=cfg.init_std / ((2 * cfg.depth) ** 0.5 if residual else 1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=cfg.init_std)
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                module.reset_parameters()
+            _draw(self.cfg, name, module)
 
     def forward(
-        self, tokens: Tensor, documents: Tensor | None = None, caches: Sequence[Cache] | None = None, seen: int = 0
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
+        seen: int = 0,
+        part: slice | None = None,
     ) -> Tensor:
-        """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them."""
-        cfg, length, device = self.cfg, tokens.shape[1], tokens.device
+        """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them. With a `part`
+        only its positions' hidden states are computed, by blocks that get keys and values of the others elsewhere."""
+        around = self.around(tokens, documents, seen, part)
+        x = self.enter(tokens if part is None else tokens[:, part], around)
+        for i, block in enumerate(self.blocks):
+            x = block(x, *around.shared(x.dtype), caches[i]) if caches else block(x, *around.shared(x.dtype))
+        return self.norm(x)
+
+    def around(self, tokens: Tensor, documents: Tensor | None, seen: int = 0, part: slice | None = None) -> "Around":
+        """What all blocks need to know of rows (B, T)."""
+        length, device = tokens.shape[1], tokens.device
         whole = torch.arange(seen, seen + length, device=device)
         positions = whole if documents is None else positions_in(documents)
+        end = seen + length
+        if part is not None:
+            positions, end, documents = (
+                positions[..., part],
+                part.stop,
+                None if documents is None else documents[:, : part.stop],
+            )
+        mask = attention_mask(documents, positions.shape[-1], end, self.cfg.attention.window, device)
+        return Around(self.cfg, positions, mask)
+
+    def enter(self, tokens: Tensor, around: "Around") -> Tensor:
+        """Tokens to what comes into the first block."""
         x = self.embed(tokens)
-        rope = None
         if self.position is not None:
-            x = x + self.position(positions)
-        else:
-            _, _, k = cfg.attention.shape(cfg.width)
-            rope = rope_tables(positions, k, cfg.rope_theta, x.dtype)
-        x = self.dropout(x)
-        mask = attention_mask(documents, length, seen + length, cfg.attention.window, device)
-        for i, block in enumerate(self.blocks):
-            x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)
-        return self.norm(x)
+            x = x + self.position(around.positions)
+        return self.dropout(x)
+
+
+class Around:
+    """What is the same for all blocks: positions, mask and rotary tables."""
+
+    def __init__(self, cfg: Decoder, positions: Tensor, mask: Tensor | None) -> None:
+        self.positions, self._mask, self._cfg = positions, mask, cfg
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    def shared(self, dtype: torch.dtype) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Mask and rotary tables, for hidden states of that dtype."""
+        if self._rope is None and self._cfg.position == "rope":
+            _, _, k = self._cfg.attention.shape(self._cfg.width)
+            self._rope = rope_tables(self.positions, k, self._cfg.rope_theta, dtype)
+        return self._mask, self._rope
+
+
+def fresh(cfg: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a new backbone, whole and on the CPU, one at a time: drawn as `init_weights` draws them, to the
+    bit, so that ranks which keep slices begin with the weights of one which keeps all. One layer is held at most."""
+    with torch.device("meta"):
+        frame = Backbone(cfg)
+    for name, module in frame.named_modules():
+        if own := [key for key, _ in module.named_parameters(recurse=False)]:
+            module.to_empty(device="cpu", recurse=False)
+            with torch.no_grad():
+                _draw(cfg, name, module)
+            yield from ((f"{name}.{key}", getattr(module, key).detach()) for key in own)
+            module.to_empty(device="meta", recurse=False)
+
+
+def _draw(cfg: Decoder, name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        residual = name.endswith(("attention.out", "mlp.out"))
+        nn.init.normal_(module.weight, std=cfg.init_std / ((2 * cfg.depth) ** 0.5 if residual else 1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=cfg.init_std)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.reset_parameters()
 
 
 def _norm(cfg: Decoder) -> nn.Module:

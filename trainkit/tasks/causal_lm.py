@@ -103,6 +103,8 @@ class LanguageModel(nn.Module):
     """
 
     fused_loss: Literal["auto", "on", "off"] = "auto"
+    vocabulary: Any = None  # ranks that each have a part of the head (trainkit/parallel/tensor.py)
+    positions: Any = None  # ranks that each have a part of the positions (trainkit/parallel/context.py)
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -117,11 +119,28 @@ class LanguageModel(nn.Module):
         seen: int = 0,
     ) -> Tensor:
         if caches is not None:
-            hidden = self.backbone(tokens, documents, caches=caches, seen=seen)[:, -1:]
-        else:
-            hidden = self.backbone(tokens, documents)
-        unembed: Tensor = self.backbone.unembed  # type: ignore[assignment]  # a backbone's (V, D) head
-        return F.linear(hidden, unembed) if labels is None else summed_loss(hidden, unembed, labels, self.fused_loss)
+            return self.logits(self.backbone(tokens, documents, caches=caches, seen=seen)[:, -1:])
+        if labels is None:
+            if self.positions is not None:
+                self.positions.whole()
+            return self.logits(self.backbone(tokens, documents))
+        if self.positions is None:
+            return self.loss(self.backbone(tokens, documents), labels)
+        part = self.positions.part(tokens.shape[1])
+        return self.positions.sum(self.loss(self.backbone(tokens, documents, part=part), labels[:, part]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """BTV, of hidden states as the backbone gives them."""
+        if self.vocabulary is None:
+            return F.linear(hidden, self.backbone.unembed)  # type: ignore[arg-type]  # a backbone's (V, D) head
+        part = F.linear(self.vocabulary.hidden(hidden), self.backbone.unembed)  # type: ignore[arg-type]
+        return self.vocabulary.logits(part)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the losses, of hidden states as the backbone gives them."""
+        if self.vocabulary is not None:
+            hidden = self.vocabulary.hidden(hidden)
+        return summed_loss(hidden, self.backbone.unembed, labels, self.fused_loss, self.vocabulary)  # type: ignore[arg-type]
 
 
 def _microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:

@@ -1,0 +1,74 @@
+"""A run's model on its ranks: what does not divide is refused before anything is built, and each builds its own part.
+
+A model that is larger than a rank begins without memory. It is divided, gets memory for what is this rank's, and then its
+weights, drawn tensor by tensor as on one process: every rank draws all of them and keeps its own, so that the largest tensor
+is the most that is there beside them, and the weights are the same to the bit on any ranks.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from trainkit import randomness
+from trainkit.data.loader import refuse_rows
+from trainkit.models.cuts import cuts
+from trainkit.parallel import Ranks, Shape
+from trainkit.run import Run
+from trainkit.slices import Part, fill
+
+BACKBONE = "backbone."
+
+
+def check(run: Run) -> None:
+    """Raise UserError where the ranks that torchrun started cannot share the run."""
+    heads, kv_heads, _ = run.model.attention.shape(run.model.width)
+    shape = Shape(
+        heads=heads,
+        kv_heads=kv_heads,
+        hidden=run.model.mlp.width(run.model.width),
+        vocab=run.model.vocab,
+        depth=run.model.depth,
+        length=run.data.length,
+    )
+    run.parallel.check(shape)
+    refuse_rows(run.data.batch, run.parallel.sizes().data)
+
+
+def model(run: Run, ranks: Ranks) -> nn.Module:
+    """The task's model with fresh weights, as memory strategies and ranks want it."""
+    randomness.seed_all(run.seed)
+    in_parts = ranks.slices and run.model.adapter is None  # an adapter looks at the weights beside which it is made
+    backbone = run.model.frame() if in_parts else run.model.build()
+    made = run.task.build(backbone)
+    made = run.precision.apply(made if in_parts else made.to(ranks.home), ranks.device)
+    made = run.memory.apply(made, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
+    ranks.divide(made, partial(_cuts, backbone))
+    if in_parts:
+        _materialise(made, ranks)
+        _fill(made, run)
+    if run.deterministic != "elastic":  # which sums gradients itself
+        ranks.replicate(made)
+    return made
+
+
+def _cuts(backbone: nn.Module, rank: int, size: int) -> dict[str, Any]:
+    return {BACKBONE + name: cut for name, cut in cuts(backbone, rank, size).items()}
+
+
+def _materialise(model: nn.Module, ranks: Ranks) -> None:
+    formats = {name: p.grad_dtype for name, p in model.named_parameters()}
+    model.to_empty(device=ranks.home)
+    for name, p in model.named_parameters():
+        if p.grad_dtype != formats[name]:
+            p.grad_dtype = formats[name]
+
+
+def _fill(model: nn.Module, run: Run) -> None:
+    places: dict[str, Any] = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    layout = getattr(model, "layout", None)
+    for name, whole in run.model.fresh():
+        full = BACKBONE + name
+        if full in places:  # else it is another stage's
+            cut = layout.cuts.get(full) if layout else None
+            fill(places[full] if cut is None else Part(places[full], cut), whole)
