@@ -44,6 +44,8 @@ def model(run: Run, ranks: Ranks) -> nn.Module:
     made = run.precision.apply(made if in_parts else made.to(ranks.home), ranks.device)
     made = run.memory.apply(made, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
     ranks.divide(made, partial(_cuts, backbone))
+    for stage in ranks.stages:
+        run.precision.cast(stage, ranks.device)
     if in_parts:
         _materialise(made, ranks)
         _fill(made, run)

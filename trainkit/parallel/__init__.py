@@ -1,6 +1,7 @@
 """Which processes train together. torchrun starts them; torch.distributed carries what they say."""
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from trainkit.config import Count, Natural, config
 from trainkit.parallel import together
 from trainkit.parallel.group import ElsewhereError, Group, LostRankError
 from trainkit.parallel.pace import straggler
+from trainkit.parallel.pipeline import SEVERAL, Schedule
 from trainkit.parallel.ranks import Ranks
 from trainkit.parallel.sizes import AXES, OWN, Shape, Sizes, refuse, sizes
 
@@ -30,9 +32,9 @@ class Parallel:
     slices, each in `pp` stages, whose layers are shared by `tp` ranks and whose positions by `cp`. -1 is the rest of the
     ranks, which is what the preset's own size is where nothing else is.
 
-    `device`: auto (CUDA where there is one), cpu, cuda or cuda:N. `reshard`: whether slices of a block are let go of after its
-    forward (or a number of ranks that keep them between them). `prefetch`: how many blocks ahead are put together (null: as
-    FSDP2 sees fit).
+    `schedule` is that of a pipeline: gpipe, 1f1b, interleaved, zero_bubble or zbv. `reshard`: whether slices of a block are
+    let go of after its forward (or a number of ranks that keep them between them). `prefetch`: how many blocks ahead are put
+    together (null: as FSDP2 sees fit). `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.
     """
 
     kind: Literal["single", "ddp", "fsdp", "hsdp", "tp", "pp", "cp"] = "single"
@@ -42,6 +44,7 @@ class Parallel:
     tp: Size | None = None
     pp: Size | None = None
     cp: Size | None = None
+    schedule: Schedule = "1f1b"
     reshard: bool | Count = True
     prefetch: Natural | None = None
 
@@ -90,15 +93,13 @@ class Parallel:
         """Raise UserError when the ranks that torchrun started, or the `shape` of the model and the data, do not divide."""
         found = self.sizes()
         if shape is not None:
-            refuse(found, shape)
+            refuse(found, shape, SEVERAL.get(self.schedule, 1))
 
     def join(self, device: torch.device, *, stream: bool = False) -> Ranks:
         """Meet the other ranks that torchrun started; without torchrun there are none. To `stream` parameters from the
         host is FSDP's work, on one rank too."""
-        mesh = self.sizes()
-        size, rank = mesh.world, int(os.environ.get("RANK", "0"))
-        kind = "fsdp" if stream or self.shards else "ddp" if self.copies else "single"
-        if kind != "fsdp" and size == 1:
+        size, rank = self.sizes().world, int(os.environ.get("RANK", "0"))
+        if size == 1 and not (stream or self.shards):
             return Ranks(device=device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -109,7 +110,12 @@ class Parallel:
         host, saving = (
             Group(rank, size, dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None) for _ in range(2)
         )
-        return Ranks(device, rank, size, host, saving, kind, stream, mesh, self)
+        return self.lay_out(Ranks(device, rank, size, host, saving), stream=stream)
+
+    def lay_out(self, ranks: Ranks, *, stream: bool = False) -> Ranks:
+        """Ranks that have met, on this mesh."""
+        kind = "fsdp" if stream or self.shards else "ddp" if self.copies else "single"
+        return replace(ranks, kind=kind, stream=stream, sizes=self.sizes(ranks.size), how=self)
 
 
 def _meeting() -> dist.Store:

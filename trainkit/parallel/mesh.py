@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainkit.parallel.sizes import Sizes
@@ -46,9 +45,3 @@ class Mesh:
             part = self._mesh if axes == self._axes else self._mesh[axes if len(axes) > 1 else axes[0]]
             self._joined[axes] = part._flatten("_".join(axes)) if len(axes) > 1 else part
         return self._joined[axes]
-
-
-def summed_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sum over a group's ranks, in place."""
-    dist.all_reduce(tensor, group=group)
-    return tensor

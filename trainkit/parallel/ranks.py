@@ -110,14 +110,16 @@ class Ranks:
             dist.all_reduce(tensor, group=group)
         return tensor
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor that may lie in slices on the ranks, in one piece."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor
+
     def norm(self, of: Callable[[Sequence[Tensor]], Tensor], parameters: Sequence[Tensor]) -> Tensor:
         """The norm of all gradients, where `of` gives that of those of some parameters, or of this rank's slices of them."""
 
-        def whole(some: Sequence[Tensor]) -> Tensor:
-            found = of(some)
-            return found.full_tensor() if hasattr(found, "full_tensor") else found  # a DTensor
-
-        return self.divided.norm(whole, parameters) if self.divided is not None else whole(parameters)
+        if self.divided is None:
+            return self.whole(of(parameters))
+        return self.divided.norm(lambda some: self.whole(of(some)), parameters)
 
     def own(self, gradients: Sequence[Tensor], norm: Tensor) -> Tensor:
         """What this rank alone answers for of the gradients, as one number: its replica's before they were summed, or its
@@ -125,6 +127,12 @@ class Ranks:
         if self.replicas is not None:
             return self.replicas.own()
         return fingerprint(gradients) if self.kind == "fsdp" or self.mixed else norm
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """This rank's stages of a pipeline, if there is one."""
+        piped = self.divided is not None and self.divided.pipeline is not None
+        return list(self.divided.pipeline.stages.values()) if piped else []  # type: ignore[union-attr]
 
     @property
     def slices(self) -> bool:
@@ -137,13 +145,13 @@ class Ranks:
         one of several tensor-parallel ranks has."""
         assert self.sizes is not None
         if self.mixed:
-            self.divided = Divided(self.mesh, self.sizes, self.sizes.at(self.rank))
+            self.divided = Divided(self.mesh, self.sizes, self.sizes.at(self.rank), getattr(self.how, "schedule", None))
             self.divided.apply(model, cuts)
         if self.kind == "fsdp":
             from trainkit.parallel import fsdp  # takes a second, which only those who shard should wait for
 
             options = {} if self.how is None else {"reshard": self.how.reshard, "prefetch": self.how.prefetch}
-            fsdp.shard(model, self.mesh.data(), self.device, stream=self.stream, **options)
+            fsdp.shard(model, self.mesh.data(), self.device, roots=self.stages, stream=self.stream, **options)
 
     def replicate(self, model: nn.Module) -> None:
         """Sum the gradients of `model`, which has all its memory, over ranks with the same part of it."""
@@ -153,7 +161,7 @@ class Ranks:
 
     def sum_next(self, model: Any, last: bool) -> None:
         """Say before a backward whether it is the step's last one, in which gradients are summed over the ranks."""
-        if self.kind == "fsdp":
+        if self.kind == "fsdp" and not self.stages:
             model.set_requires_gradient_sync(last or self.stream)  # else whole gradients would wait on the device
         elif self.replicas is not None:
             self.replicas.sum_next(last and not self.careful)
@@ -167,7 +175,7 @@ class Ranks:
         if self.careful and not self.all_fit(True):
             raise RanOutError("another rank ran out of memory")
         if self.replicas is not None:
-            if self.careful:
+            if self.careful or self.stages:
                 self.replicas.sum_next(True)
             self.replicas.finish()
         if self.divided is not None:

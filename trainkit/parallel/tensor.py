@@ -47,7 +47,11 @@ class Vocabulary:
     """A rank's part of the head: the ids from `begin` on."""
 
     def __init__(self, tensors: Tensors, begin: int) -> None:
-        self._tensors, self.begin = tensors, begin
+        self._tensors, self.begin, self.size = tensors, begin, tensors.size
+
+    def see(self, tokens: Tensor, *, cached: bool) -> None:
+        """Rows of tokens come, to a stage that has no whole backbone."""
+        self._tensors.see(tokens, cached=cached)
 
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden states of all positions, on which every rank does its part."""

@@ -44,6 +44,12 @@ class CausalLM:
             `own_loss`: what this rank's rows have added to it.
         """
         count = ranks.sum((batch["labels"] != IGNORED).sum()).clamp(min=1)
+        if (pipeline := getattr(model, "pipeline", None)) is not None:
+            ranks.sum_next(model, last=False)
+            loss = pipeline.backward(batch, microbatch, lambda loss: scale(loss / count)) / count
+            ranks.pace.forward_done()
+            ranks.finish_sums()
+            return {"loss": ranks.sum(loss), "own_loss": loss}
         total = torch.zeros((), device=count.device)
         parts = list(_microbatches(batch, 1 if exact else microbatch))
         for number, rows in enumerate(parts):
@@ -105,6 +111,7 @@ class LanguageModel(nn.Module):
     fused_loss: Literal["auto", "on", "off"] = "auto"
     vocabulary: Any = None  # ranks that each have a part of the head (trainkit/parallel/tensor.py)
     positions: Any = None  # ranks that each have a part of the positions (trainkit/parallel/context.py)
+    pipeline: Any = None  # ranks that each have some of the layers (trainkit/parallel/pipeline.py)
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -118,6 +125,8 @@ class LanguageModel(nn.Module):
         caches: Sequence[Any] | None = None,
         seen: int = 0,
     ) -> Tensor:
+        if self.pipeline is not None:
+            return self.pipeline.forward(tokens, labels, documents, caches, seen)
         if caches is not None:
             return self.logits(self.backbone(tokens, documents, caches=caches, seen=seen)[:, -1:])
         if labels is None:
