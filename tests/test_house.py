@@ -33,6 +33,7 @@ FLOORS = [
         "tracking",
         "profile",
         "hardware",
+        "speed",
         "randomness",
         "signals",
         "throughput",

@@ -40,7 +40,9 @@ def check(run: Run) -> None:
         UserError: the data is not there, or its vocabulary does not fit the model.
     """
     spread.check(run)
-    run.precision.check(hardware.choose(run.parallel.device))
+    device = hardware.choose(run.parallel.device)
+    run.precision.check(device)
+    run.speed.check(device, run.precision.matmul_dtype())
     run.data.check()
     run.profile.check()
     if (vocab := run.data.vocab()) is not None:
@@ -49,14 +51,16 @@ def check(run: Run) -> None:
 
 def ranks(run: Run) -> Ranks:
     """The processes of this run and their device."""
-    return run.parallel.join(hardware.choose(run.parallel.device), stream=run.memory.stream is not None)
+    device = hardware.choose(run.parallel.device)
+    run.speed.begin(device)
+    return run.parallel.join(device, stream=run.memory.stream is not None)
 
 
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     """All that learns, and nothing that writes: enough for tests and benchmarks."""
     _refuse_small_vocabulary(corpus.vocab, run)
     model = spread.model(run, ranks)
-    _compile(model, run.compile)
+    _compile(model, run.compile, "reduce-overhead" if run.speed.cuda_graphs else None)
     return Learner(
         task=run.task,
         model=model,
@@ -212,12 +216,12 @@ def _opened(run: Run, joined: Ranks, report: Report | None) -> Any:
     return run.data.open()
 
 
-def _compile(model: Any, how: str) -> None:
+def _compile(model: Any, how: str, mode: str | None) -> None:
     if how == "blocks":
         for block in model.backbone.blocks:
-            block.compile()
+            block.compile(mode=mode)
     elif how == "full":
-        model.compile()
+        model.compile(mode=mode)
 
 
 def _refuse_small_vocabulary(vocab: int, run: Run) -> None:

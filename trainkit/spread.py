@@ -41,7 +41,7 @@ def model(run: Run, ranks: Ranks) -> nn.Module:
     in_parts = ranks.slices and run.model.adapter is None  # an adapter looks at the weights beside which it is made
     backbone = run.model.frame() if in_parts else run.model.build()
     made = run.task.build(backbone)
-    made = run.precision.apply(made if in_parts else made.to(ranks.home), ranks.device)
+    made = run.speed.apply(run.precision.apply(made if in_parts else made.to(ranks.home), ranks.device))
     made = run.memory.apply(made, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
     ranks.divide(made, partial(_cuts, backbone))
     for stage in ranks.stages:

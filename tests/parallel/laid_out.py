@@ -55,9 +55,8 @@ def neutral(cases: list[tuple[list[str], Learned]]) -> None:
         assert not missing or it.ranks.stages, (words, missing)
         for name, value in ours.items():
             if isinstance(value, list):
-                torch.testing.assert_close(
-                    value, alone[name], rtol=tolerance, atol=0, msg=lambda m: f"{words} {name} {m}"
-                )
+                said = f"{words} {name}"
+                torch.testing.assert_close(value, alone[name], rtol=tolerance, atol=0, msg=lambda m, s=said: f"{s} {m}")
                 continue
             whole = torch.from_numpy(alone[name])
             assert tuple(value.shape) == tuple(whole.shape)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from trainkit.config import Count, Fraction, Positive, config
 from trainkit.models.adapters import Adapter
-from trainkit.models.attention import Attention, AttentionMixer, Cache, attention_mask
+from trainkit.models.attention import Attention, AttentionMixer, Cache
+from trainkit.models.kernels import Kernel, Mask, additive, attention_mask
 from trainkit.models.layers import Embedding, Linear
 from trainkit.models.mlp import MLP, MLPBlock
 from trainkit.models.positions import positions_in, rope_tables
@@ -92,9 +93,7 @@ class Block(nn.Module):
         self.mlp = MLPBlock(cfg.mlp, cfg.width, cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, rope, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -116,6 +115,14 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = _norm(cfg)
         self.head = None if cfg.tied else Linear(cfg.width, cfg.vocab, bias=False)
+        self.kernel: Kernel = "sdpa"
+
+    def use_attention(self, kernel: Kernel) -> None:
+        """Compute attention with these kernels from now on."""
+        self.kernel = kernel
+        for module in self.modules():
+            if isinstance(module, AttentionMixer):
+                module.kernel = kernel
 
     @property
     def unembed(self) -> Tensor:
@@ -141,7 +148,7 @@ class Backbone(nn.Module):
         around = self.around(tokens, documents, seen, part)
         x = self.enter(tokens if part is None else tokens[:, part], around)
         for i, block in enumerate(self.blocks):
-            x = block(x, *around.shared(x.dtype), caches[i]) if caches else block(x, *around.shared(x.dtype))
+            x = block(x, *around.shared(x), caches[i]) if caches else block(x, *around.shared(x))
         return self.norm(x)
 
     def around(self, tokens: Tensor, documents: Tensor | None, seen: int = 0, part: slice | None = None) -> "Around":
@@ -151,12 +158,9 @@ class Backbone(nn.Module):
         positions = whole if documents is None else positions_in(documents)
         end = seen + length
         if part is not None:
-            positions, end, documents = (
-                positions[..., part],
-                part.stop,
-                None if documents is None else documents[:, : part.stop],
-            )
-        mask = attention_mask(documents, positions.shape[-1], end, self.cfg.attention.window, device)
+            positions, end = positions[..., part], part.stop
+            documents = None if documents is None else documents[:, : part.stop]
+        mask = attention_mask(documents, positions.shape[-1], end, self.cfg.attention.window, device, self.kernel)
         return Around(self.cfg, positions, mask)
 
     def enter(self, tokens: Tensor, around: "Around") -> Tensor:
@@ -170,16 +174,19 @@ class Backbone(nn.Module):
 class Around:
     """What is the same for all blocks: positions, mask and rotary tables."""
 
-    def __init__(self, cfg: Decoder, positions: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, cfg: Decoder, positions: Tensor, mask: Mask) -> None:
         self.positions, self._mask, self._cfg = positions, mask, cfg
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._shared: tuple[Mask, tuple[Tensor, Tensor] | None] | None = None
 
-    def shared(self, dtype: torch.dtype) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Mask and rotary tables, for hidden states of that dtype."""
-        if self._rope is None and self._cfg.position == "rope":
-            _, _, k = self._cfg.attention.shape(self._cfg.width)
-            self._rope = rope_tables(self.positions, k, self._cfg.rope_theta, dtype)
-        return self._mask, self._rope
+    def shared(self, x: Tensor) -> tuple[Mask, tuple[Tensor, Tensor] | None]:
+        """Mask and rotary tables, for blocks that hidden states `x` come into."""
+        if self._shared is None:
+            rope = None
+            if self._cfg.position == "rope":
+                _, _, k = self._cfg.attention.shape(self._cfg.width)
+                rope = rope_tables(self.positions, k, self._cfg.rope_theta, x.dtype)
+            self._shared = additive(self._mask, x), rope
+        return self._shared
 
 
 def fresh(cfg: Decoder) -> Iterator[tuple[str, Tensor]]:

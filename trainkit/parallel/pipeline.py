@@ -69,7 +69,7 @@ class Stage(nn.Module):
         if self.first:
             x = backbone.enter(tokens if part is None else tokens[:, part], around)
         for number, block in enumerate(self.blocks):
-            shared = around.shared(x.dtype)
+            shared = around.shared(x)
             x = block(x, *shared) if caches is None else block(x, *shared, caches[number])
         if not self.last:
             return x
