@@ -12,6 +12,7 @@ from torch import nn
 
 from trainkit import randomness
 from trainkit.data.loader import refuse_rows
+from trainkit.errors import UserError
 from trainkit.models.cuts import cuts
 from trainkit.parallel import Ranks, Shape
 from trainkit.run import Run
@@ -32,7 +33,13 @@ def check(run: Run) -> None:
         length=run.data.length,
     )
     run.parallel.check(shape)
-    refuse_rows(run.data.batch, run.parallel.sizes().data)
+    sizes = run.parallel.sizes()
+    refuse_rows(run.data.batch, sizes.data)
+    if (rows := run.data.batch // sizes.data) % sizes.pp:
+        raise UserError(
+            f"data.batch={run.data.batch} gives each replica {rows} rows, which do not make microbatches for parallel.pp="
+            f"{sizes.pp}: use data.batch={-(-rows // sizes.pp) * sizes.pp * sizes.data}"
+        )
 
 
 def model(run: Run, ranks: Ranks) -> nn.Module:

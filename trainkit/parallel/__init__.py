@@ -13,7 +13,7 @@ from trainkit.config import Count, Natural, config
 from trainkit.parallel import together
 from trainkit.parallel.group import ElsewhereError, Group, LostRankError
 from trainkit.parallel.pace import straggler
-from trainkit.parallel.pipeline import SEVERAL, Schedule
+from trainkit.parallel.pipeline import SEVERAL, SPLIT, Schedule
 from trainkit.parallel.ranks import Ranks
 from trainkit.parallel.sizes import AXES, OWN, Shape, Sizes, refuse, sizes
 
@@ -49,7 +49,7 @@ class Parallel:
     prefetch: Natural | None = None
 
     def __post_init__(self) -> None:
-        given = self._given()
+        given = self.given()
         if zero := [axis for axis, n in given.items() if n == 0]:
             raise ValueError(f"parallel.{zero[0]}=0 is no size: use 1 for none, or -1 for the rest")
         rest = [axis for axis, n in given.items() if n == -1]
@@ -60,8 +60,14 @@ class Parallel:
         own = OWN.get(self.kind)
         if rest and own not in (None, *given):
             raise ValueError(f"parallel={self.kind} and parallel.{rest[0]}=-1: say how many parallel.{own} is")
+        if self.schedule in SPLIT and "pp" in self.shared and self.shards:
+            raise ValueError(
+                f"parallel.schedule={self.schedule} takes the gradients of weights by themselves, which FSDP2 does not see: "
+                f"use parallel.schedule=interleaved, or parallel=ddp with parallel.pp"
+            )
 
-    def _given(self) -> dict[str, int]:
+    def given(self) -> dict[str, int]:
+        """The sizes that a person gave."""
         return {axis: n for axis in AXES if (n := getattr(self, axis)) is not None}
 
     @property
@@ -74,10 +80,14 @@ class Parallel:
         """Whether gradients of whole parameters are summed over ranks."""
         return not self.shards and (self.kind in ("ddp", "cp") or {self.dp_replicate, self.cp} - {None, 1} != set())
 
+    @property
+    def shared(self) -> set[str]:
+        """What ranks share beside rows: axes of the mesh."""
+        return {axis for axis in together.MIXED if self.kind == axis or getattr(self, axis) not in (None, 1)}
+
     def check_run(self, **run: Any) -> None:
         """Raise ValueError, in one sentence, where something in the rest of a run cannot be shared so."""
-        mixed = {axis for axis in together.MIXED if self.kind == axis or getattr(self, axis) not in (None, 1)}
-        together.refuse(mixed | ({"fsdp"} if self.shards else set()), **run)
+        together.refuse(self.shared | ({"fsdp"} if self.shards else set()), **run)
 
     def sizes(self, world: int | None = None) -> Sizes:
         """The mesh of `world` ranks; of those that torchrun started.
@@ -87,7 +97,7 @@ class Parallel:
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
         machines = max(1, started // int(os.environ.get("LOCAL_WORLD_SIZE", started)))
-        return sizes(self.kind, self._given(), world or started, machines)
+        return sizes(self.kind, self.given(), world or started, machines)
 
     def check(self, shape: Shape | None = None) -> None:
         """Raise UserError when the ranks that torchrun started, or the `shape` of the model and the data, do not divide."""

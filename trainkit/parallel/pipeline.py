@@ -21,6 +21,7 @@ _TORCH = {
     "zero_bubble": "ScheduleInterleavedZeroBubble",
     "zbv": "ScheduleZBVZeroBubble",
 }
+SPLIT = ("zero_bubble", "zbv")  # which take the gradients of weights after those of what came in
 SEVERAL = {"interleaved": 2, "zero_bubble": 2, "zbv": 2}  # stages on each rank
 
 

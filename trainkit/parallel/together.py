@@ -67,6 +67,18 @@ REFUSED: list[tuple[tuple[str, ...], str, Wrong, str]] = [
         "wants logits of the whole vocabulary on a rank: use memory.fused_loss=auto",
     ),
     (
+        ("pp",),
+        "memory=stream",
+        lambda run: run["memory"].stream is not None,
+        "brings blocks in one after the other, and microbatches cross in a pipeline: use memory=offload_optimizer",
+    ),
+    (
+        ("pp",),
+        "memory.microbatch=auto",
+        lambda run: run["memory"].microbatch == "auto",
+        "is found by a trial of two microbatches, and a pipeline needs more: give a number",
+    ),
+    (
         MIXED,
         "compile=full",
         lambda run: run["compile"] == "full",
