@@ -39,6 +39,7 @@ def check(run: Run) -> None:
     Raises:
         UserError: the data is not there, or its vocabulary does not fit the model.
     """
+    run = spread.settled(run)
     spread.check(run)
     device = hardware.choose(run.parallel.device)
     run.precision.check(device)
@@ -53,7 +54,7 @@ def ranks(run: Run) -> Ranks:
     """The processes of this run and their device."""
     device = hardware.choose(run.parallel.device)
     run.speed.begin(device)
-    return run.parallel.join(device, stream=run.memory.stream is not None)
+    return spread.settled(run).parallel.join(device, stream=run.memory.stream is not None)
 
 
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:

@@ -5,12 +5,15 @@ weights, drawn tensor by tensor as on one process: every rank draws all of them 
 is the most that is there beside them, and the weights are the same to the bit on any ranks.
 """
 
+import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from trainkit import randomness
+from trainkit import hardware, randomness
 from trainkit.data.loader import refuse_rows
 from trainkit.errors import UserError
 from trainkit.models.cuts import cuts
@@ -21,18 +24,32 @@ from trainkit.slices import Part, fill
 BACKBONE = "backbone."
 
 
+def settled(run: Run) -> Run:
+    """`run` with the mesh that parallel=auto means on these ranks.
+
+    Raises:
+        UserError: there is none, or something else in the run cannot be done on it.
+    """
+    if run.parallel.kind != "auto":
+        return run
+    device = hardware.choose(run.parallel.device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # ranks share the host's memory
+    width = getattr(torch, run.precision.params).itemsize
+    mesh = run.parallel.settled(
+        _shape(run),
+        batch=run.data.batch,
+        state=4 * width * run.model.parameters(),  # weights, gradients, two moments
+        memory=hardware.memory(device) // here,
+    )
+    try:
+        return replace(run, parallel=mesh)
+    except ValueError as error:
+        raise UserError(f"parallel=auto chose {mesh.sizes()}, and {error}") from error
+
+
 def check(run: Run) -> None:
     """Raise UserError where the ranks that torchrun started cannot share the run."""
-    heads, kv_heads, _ = run.model.attention.shape(run.model.width)
-    shape = Shape(
-        heads=heads,
-        kv_heads=kv_heads,
-        hidden=run.model.mlp.width(run.model.width),
-        vocab=run.model.vocab,
-        depth=run.model.depth,
-        length=run.data.length,
-    )
-    run.parallel.check(shape)
+    run.parallel.check(_shape(run))
     sizes = run.parallel.sizes()
     refuse_rows(run.data.batch, sizes.data)
     if (rows := run.data.batch // sizes.data) % sizes.pp:
@@ -40,6 +57,18 @@ def check(run: Run) -> None:
             f"data.batch={run.data.batch} gives each replica {rows} rows, which do not make microbatches for parallel.pp="
             f"{sizes.pp}: use data.batch={-(-rows // sizes.pp) * sizes.pp * sizes.data}"
         )
+
+
+def _shape(run: Run) -> Shape:
+    heads, kv_heads, _ = run.model.attention.shape(run.model.width)
+    return Shape(
+        heads=heads,
+        kv_heads=kv_heads,
+        hidden=run.model.mlp.width(run.model.width),
+        vocab=run.model.vocab,
+        depth=run.model.depth,
+        length=run.data.length,
+    )
 
 
 def model(run: Run, ranks: Ranks) -> nn.Module:

@@ -11,6 +11,7 @@ from annotated_types import Ge
 
 from trainkit.config import Count, Natural, config
 from trainkit.parallel import together
+from trainkit.parallel.auto import chosen
 from trainkit.parallel.group import ElsewhereError, Group, LostRankError
 from trainkit.parallel.pace import straggler
 from trainkit.parallel.pipeline import SEVERAL, SPLIT, Schedule
@@ -32,12 +33,14 @@ class Parallel:
     slices, each in `pp` stages, whose layers are shared by `tp` ranks and whose positions by `cp`. -1 is the rest of the
     ranks, which is what the preset's own size is where nothing else is.
 
+    `auto` chooses the sizes by arithmetic (trainkit/parallel/auto.py).
+
     `schedule` is that of a pipeline: gpipe, 1f1b, interleaved, zero_bubble or zbv. `reshard`: whether slices of a block are
     let go of after its forward (or a number of ranks that keep them between them). `prefetch`: how many blocks ahead are put
     together (null: as FSDP2 sees fit). `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.
     """
 
-    kind: Literal["single", "ddp", "fsdp", "hsdp", "tp", "pp", "cp"] = "single"
+    kind: Literal["single", "ddp", "fsdp", "hsdp", "tp", "pp", "cp", "auto"] = "single"
     device: str = "auto"
     dp_replicate: Size | None = None
     dp_shard: Size | None = None
@@ -57,6 +60,8 @@ class Parallel:
             raise ValueError(
                 f"parallel.{rest[0]} and parallel.{rest[1]} cannot both be the rest: say how many one of them is"
             )
+        if self.kind == "auto" and given:
+            raise ValueError(f"parallel=auto chooses all sizes: leave parallel.{next(iter(given))} out, or name a kind")
         own = OWN.get(self.kind)
         if rest and own not in (None, *given):
             raise ValueError(f"parallel={self.kind} and parallel.{rest[0]}=-1: say how many parallel.{own} is")
@@ -104,6 +109,20 @@ class Parallel:
         found = self.sizes()
         if shape is not None:
             refuse(found, shape, SEVERAL.get(self.schedule, 1))
+
+    def settled(self, shape: Shape, *, batch: int, state: int, memory: int) -> "Parallel":
+        """What `auto` is on the ranks that torchrun started; any other kind is itself. `state`: bytes of the model and its
+        optimizer; `memory`: bytes of a machine's device.
+
+        Raises:
+            UserError: there is no mesh for them.
+        """
+        if self.kind != "auto":
+            return self
+        world, machine = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        found = chosen(world, machine, shape, batch, state, memory)
+        kind = "fsdp" if found.dp_shard > 1 else "ddp" if found.dp_replicate > 1 else "single"
+        return replace(self, kind=kind, **found.by_axis())  # type: ignore[arg-type]  # one of its kinds
 
     def join(self, device: torch.device, *, stream: bool = False) -> Ranks:
         """Meet the other ranks that torchrun started; without torchrun there are none. To `stream` parameters from the

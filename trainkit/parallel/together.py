@@ -25,7 +25,7 @@ REFUSED: list[tuple[tuple[str, ...], str, Wrong, str]] = [
         "sums whole gradients row by row: use parallel=ddp or deterministic=layout",
     ),
     (
-        MIXED,
+        ("tp", "pp"),
         "memory=step_in_backward",
         lambda run: run["memory"].step_in_backward is not None,
         "steps before gradients that these ranks share are summed: use parallel=fsdp",
