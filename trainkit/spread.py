@@ -17,6 +17,7 @@ from trainkit import hardware, randomness
 from trainkit.data.loader import refuse_rows
 from trainkit.errors import UserError
 from trainkit.models.cuts import cuts
+from trainkit.optimizers.formats import BLOCK
 from trainkit.parallel import Ranks, Shape
 from trainkit.run import Run
 from trainkit.slices import Part, fill
@@ -51,12 +52,26 @@ def check(run: Run) -> None:
     """Raise UserError where the ranks that torchrun started cannot share the run."""
     run.parallel.check(_shape(run))
     sizes = run.parallel.sizes()
+    _refuse_cut_blocks(run, sizes.tp)
     refuse_rows(run.data.batch, sizes.data)
     if (rows := run.data.batch // sizes.data) % sizes.pp:
         raise UserError(
             f"data.batch={run.data.batch} gives each replica {rows} rows, which do not make microbatches for parallel.pp="
             f"{sizes.pp}: use data.batch={-(-rows // sizes.pp) * sizes.pp * sizes.data}"
         )
+
+
+def _refuse_cut_blocks(run: Run, ranks: int) -> None:
+    heads, _, k = run.model.attention.shape(run.model.width)
+    for what, columns in (
+        ("heads × head width", heads * k),
+        ("width of model.mlp", run.model.mlp.width(run.model.width)),
+    ):
+        if run.memory.states and ranks > 1 and columns // ranks % BLOCK:
+            raise UserError(
+                f"memory.states keeps {BLOCK} numbers of a row together, and parallel.tp={ranks} cuts rows of {columns} "
+                f"({what}): use sizes of which each rank has a multiple of {BLOCK}, or states of float32"
+            )
 
 
 def _shape(run: Run) -> Shape:
