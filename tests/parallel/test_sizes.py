@@ -1,10 +1,12 @@
 """Meshes by arithmetic: what sizes mean, what does not divide, what cannot go together, what auto chooses."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import SMALL
+from tests.parallel.test_neutral import MESHES
 from trainkit import build, spread
 from trainkit import run as runs
 from trainkit.errors import UserError
@@ -152,3 +154,12 @@ def test_every_stage_has_one_rank_and_every_microbatch_is_whole() -> None:
     assert stages_of("zbv", 0, 4) == (0, 7)
     assert [microbatches(12, rows, 2) for rows in (12, 6, 3, 2, 1)] == [2, 2, 4, 6, 12]
     assert microbatches(9, 2, 3) == 9
+
+
+def test_the_documents_table_is_that_of_the_code() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text()
+    rows = [
+        line for line in text.splitlines() if line.startswith("| `") and text.index(line) > text.index("| what | is")
+    ]
+    assert rows == [f"| `{words}` | {', '.join(f'`{axis}`' for axis in axes)} |" for axes, words, _, _ in REFUSED]
+    assert f"trains {sum(map(len, MESHES.values()))} meshes" in text
