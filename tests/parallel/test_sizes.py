@@ -75,6 +75,7 @@ def test_hybrid_slices_lie_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> No
         (2, "parallel.tp=-1 parallel.cp=-1", "parallel.cp and parallel.tp cannot both be the rest"),
         (2, "parallel=tp parallel.dp_shard=-1", "parallel=tp and parallel.dp_shard=-1: say how many parallel.tp is"),
         (2, "parallel=auto parallel.tp=2", "parallel=auto chooses all sizes: leave parallel.tp out"),
+        (2, "parallel=pp parallel.schedule=zbv memory=selective", "parallel.schedule=zbv goes back through a block twice"),
         (4, "parallel=fsdp parallel.pp=2 parallel.schedule=zbv", "parallel.schedule=zbv takes the gradients of weights"),
     ],
 )  # fmt: skip

@@ -92,6 +92,12 @@ class Parallel:
 
     def check_run(self, **run: Any) -> None:
         """Raise ValueError, in one sentence, where something in the rest of a run cannot be shared so."""
+        checkpoint = run["memory"].checkpoint
+        if self.schedule in SPLIT and "pp" in self.shared and checkpoint and checkpoint.selective:
+            raise ValueError(
+                f"parallel.schedule={self.schedule} goes back through a block twice, and memory=selective once: "
+                f"use memory=checkpoint, or parallel.schedule=interleaved"
+            )
         together.refuse(self.shared | ({"fsdp"} if self.shards else set()), **run)
 
     def sizes(self, world: int | None = None) -> Sizes:
