@@ -1,6 +1,8 @@
 """How the machine is used changes nothing that is learned beyond the order of sums."""
 
 import os
+import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -164,7 +166,7 @@ def test_an_additive_mask_is_the_bool_one_to_the_bit() -> None:
 def test_threads_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     try:
-        Speed(threads=1).begin(CPU)
+        Speed(threads=1).begin(CPU, torch.float32)
         assert torch.get_num_threads() == 1
         parts = []
         for rank in range(2):
@@ -176,7 +178,7 @@ def test_threads_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         os.sched_setaffinity(0, before)
         monkeypatch.setenv("LOCAL_RANK", "1000")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "1001")
-        Speed(affinity=True).begin(CPU)
+        Speed(affinity=True).begin(CPU, torch.float32)
         assert len(os.sched_getaffinity(0)) == 1
         assert "on cores" in Speed(affinity=True).describe(CPU)["speed"]
     finally:
@@ -187,15 +189,15 @@ def test_threads_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_allocator_is_set_for_a_gpu_unless_a_person_did(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
-    Speed().begin(CPU)
+    Speed().begin(CPU, torch.float32)
     assert not any(name in os.environ for name in ALLOCATOR)
     assert Speed().describe(CPU) == {}
-    Speed().begin(GPU)
+    Speed().begin(GPU, torch.float32)
     assert os.environ[ALLOCATOR[0]] == "expandable_segments:True"
     assert Speed().describe(GPU) == {"speed": "PYTORCH_ALLOC_CONF=expandable_segments:True"}
     monkeypatch.delenv(ALLOCATOR[0])
     monkeypatch.setenv(ALLOCATOR[1], "max_split_size_mb:64")
-    Speed().begin(GPU)
+    Speed().begin(GPU, torch.float32)
     assert ALLOCATOR[0] not in os.environ
     assert Speed().describe(GPU) == {"speed": "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64"}
 
@@ -237,3 +239,33 @@ def test_graphs_are_recorded_by_the_compiler(
     half = len(modes) // 2
     assert modes == ["reduce-overhead"] * half + [None] * half
     assert half == (2 if how == "blocks" else 1)
+
+
+FAULTS = """
+import resource, torch
+from trainkit.speed import Speed
+Speed(keep_freed={keep}).begin(torch.device("cpu"), {dtype})
+for _ in range(20):
+    torch.ones(16 << 20)  # 64 MiB
+begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+@pytest.mark.parametrize(
+    ("keep", "dtype", "kept"),
+    [
+        (True, torch.float32, True),
+        (None, torch.bfloat16, True),
+        (None, torch.float32, False),
+        (False, "torch.half", False),
+    ],
+)
+def test_memory_that_tensors_leave_is_not_cleared_again(keep: bool | None, dtype: Any, kept: bool) -> None:
+    program = [sys.executable, "-c", FAULTS.format(keep=keep, dtype=dtype)]
+    faults = int(subprocess.run(program, capture_output=True, check=True).stdout)
+    pages = 10 * (64 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert (faults < pages / 100) if kept else (faults > pages / 600)  # pages may be huge ones

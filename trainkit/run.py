@@ -78,13 +78,17 @@ class Run:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", self.name or ""):
             raise ValueError(f"name={self.name} is not a folder's name: letters, digits and . _ + - only")
         self.schedule.check(self.steps)
+        if self.data.gives != self.task.takes:
+            raise ValueError(
+                f"task={self.task.kind} learns from {self.task.takes}, and data={self.data.kind} has {self.data.gives}"
+            )
         self.memory.check(
             **{name: getattr(self, name) for name in ("optimizer", "clip", "precision", "guard", "parallel")},
             batch=self.data.batch,
             deterministic=self.deterministic,
             compile=self.compile,
         )
-        rest = ("memory", "precision", "optimizer", "model", "deterministic", "compile")
+        rest = ("task", "memory", "precision", "optimizer", "model", "deterministic", "compile")
         self.parallel.check_run(**{name: getattr(self, name) for name in rest})
         if self.deterministic == "elastic" and self.data.batch > MOST_ROWS:
             raise ValueError(f"deterministic=elastic sums {MOST_ROWS} rows at most: lower data.batch={self.data.batch}")
@@ -109,6 +113,7 @@ class Run:
         if self.evaluation.metric not in self.task.metrics:
             known = nearest(self.evaluation.metric, self.task.metrics)
             raise ValueError(f"evaluation.metric={self.evaluation.metric} is not measured by {self.task.kind}{known}")
+        self.task.check(self.model)
 
     def what(self) -> dict[str, Any]:
         """The values that decide what is learned, by dotted key."""

@@ -53,7 +53,8 @@ def check(run: Run) -> None:
     run.parallel.check(_shape(run))
     sizes = run.parallel.sizes()
     _refuse_cut_blocks(run, sizes.tp)
-    refuse_rows(run.data.batch, sizes.data)
+    if run.data.gives == "text":  # pairs are checked where they are put together
+        refuse_rows(run.data.batch, sizes.data)
     if (rows := run.data.batch // sizes.data) % sizes.pp:
         raise UserError(
             f"data.batch={run.data.batch} gives each replica {rows} rows, which do not make microbatches for parallel.pp="
@@ -89,7 +90,7 @@ def _shape(run: Run) -> Shape:
 def model(run: Run, ranks: Ranks) -> nn.Module:
     """The task's model with fresh weights, as memory strategies and ranks want it."""
     randomness.seed_all(run.seed)
-    in_parts = ranks.slices and run.model.adapter is None  # an adapter looks at the weights beside which it is made
+    in_parts = ranks.slices and _begins_empty(run)
     backbone = run.model.frame() if in_parts else run.model.build()
     made = run.task.build(backbone)
     made = run.speed.apply(run.precision.apply(made if in_parts else made.to(ranks.home), ranks.device))
@@ -103,6 +104,12 @@ def model(run: Run, ranks: Ranks) -> nn.Module:
     if run.deterministic != "elastic":  # which sums gradients itself
         ranks.replicate(made)
     return made
+
+
+def _begins_empty(run: Run) -> bool:
+    """Whether all that is drawn is the backbone's. An adapter looks at the weights beside which it is made, and a task may
+    draw some of its own."""
+    return run.model.adapter is None and run.task.head
 
 
 def _cuts(backbone: nn.Module, rank: int, size: int) -> dict[str, Any]:

@@ -19,13 +19,16 @@ from trainkit.models.positions import rotate
 @config
 class Attention:
     """`kv_heads` under `heads` shares keys and values between groups of queries; `window` is how many positions back a
-    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet."""
+    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet. Where it is not `causal` a
+    query sees what follows as well, a `window` of it on either side: an encoder's attention (Devlin et al. 2019,
+    arXiv:1810.04805)."""
 
     heads: Count
     kv_heads: Count | None = None
     head_width: Count | None = None
     window: Count | None = None
     qk_norm: bool = False
+    causal: bool = True
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """(H, G, K) in a model of this width.
@@ -64,7 +67,8 @@ class Cache:
 
 class AttentionMixer(nn.Module):
     """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` is what `attention_mask` gave; None is causal, and for a single
-    new position everything before it. `elsewhere` adds keys and values (B, G, T, K) that other ranks have."""
+    new position everything before it; in an encoder it is everything. `elsewhere` adds keys and values (B, G, T, K)
+    that other ranks have."""
 
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
@@ -73,7 +77,7 @@ class AttentionMixer(nn.Module):
         self.out = Linear(self.heads * self.k, width, bias=bias)
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
-        self.dropout = dropout
+        self.dropout, self.causal = dropout, cfg.causal
         self.elsewhere: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.window = cfg.window
         self.kernel: Kernel = "sdpa"
@@ -90,5 +94,5 @@ class AttentionMixer(nn.Module):
         elif self.elsewhere is not None:
             k, v = self.elsewhere(k, v)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, mask, self.kernel, window=self.window, dropout=dropout)
+        y = attend(q, k, v, mask, self.kernel, window=self.window, dropout=dropout, causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))

@@ -1,4 +1,5 @@
-"""A pre-norm transformer decoder whose parts are chosen by config, from GPT-2's architecture to Llama's.
+"""A pre-norm transformer whose parts are chosen by config, from GPT-2's architecture to Llama's; with
+`attention.causal=false` an encoder.
 
 B rows, T positions, D model width, V vocabulary.
 """
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainkit.config import Count, Fraction, Positive, config
+from trainkit.config import Count, Fraction, Natural, Positive, config
 from trainkit.models.adapters import Adapter
 from trainkit.models.attention import Attention, AttentionMixer, Cache
 from trainkit.models.kernels import Kernel, Mask, additive, attention_mask
@@ -21,16 +22,17 @@ from trainkit.models.positions import positions_in, rope_tables
 @config
 class Decoder:
     """A decoder's shape. `context` is the longest row; `tied` uses the embedding as the head (Press & Wolf 2017,
-    arXiv:1608.05859); `init_std` and the smaller one of residual outputs are GPT-2's (Radford et al. 2019)."""
+    arXiv:1608.05859); `init_std` and the smaller one of residual outputs are GPT-2's (Radford et al. 2019). Of `depth` 0 it is
+    a table of vectors, one a token."""
 
     kind: Literal["decoder"] = "decoder"
     vocab: Count
     width: Count
-    depth: Count
+    depth: Natural
     context: Count
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm: Literal["rmsnorm", "layernorm", "none"] = "rmsnorm"
     norm_eps: Positive = 1e-5
-    position: Literal["rope", "learned"] = "rope"
+    position: Literal["rope", "learned", "none"] = "rope"
     rope_theta: Positive = 10_000.0
     attention: Attention
     mlp: MLP
@@ -62,24 +64,25 @@ class Decoder:
 
     def parameters(self) -> int:
         """How many numbers it has, an adapter aside, by arithmetic: nothing is built."""
-        norm = self.width * (1 + (self.norm == "layernorm" and self.bias))
+        norm = self.width * ((self.norm != "none") + (self.norm == "layernorm" and self.bias))
         block = self.attention.parameters(self.width, self.bias) + self.mlp.parameters(self.width, self.bias) + 2 * norm
         ends = self.vocab * self.width * (1 if self.tied else 2) + norm
         return ends + self.depth * block + (self.context * self.width if self.position == "learned" else 0)
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: int, *, head: bool = True) -> float:
         """Floating-point operations of forward and backward for one token of a row of `length` tokens.
 
-        Two a multiply-add, the backward twice the forward; looking embeddings up costs none, the head counts; of causal
-        attention only the half that is needed counts, and of a sliding window only the window. A frozen matrix has no
+        Two a multiply-add, the backward twice the forward; looking embeddings up costs none, the `head` counts if it is used;
+        of causal attention only the half that is needed counts, and of a sliding window only the window. A frozen matrix has no
         gradient, which is a third less; an adapter's own products are left out.
         """
         heads, groups, k = self.attention.shape(self.width)
         matrices = self.width * k * (2 * heads + 2 * groups) + self.mlp.parameters(self.width, bias=False)
         window = min(self.attention.window or length, length)
         seen = window * (length - (window - 1) / 2) / length  # positions that a query sees, on average
+        seen = seen if self.attention.causal else 2 * seen - 1
         products = 6 if self.adapter is None else 4
-        return self.depth * (products * matrices + 12 * heads * k * seen) + products * self.vocab * self.width
+        return self.depth * (products * matrices + 12 * heads * k * seen) + head * products * self.vocab * self.width
 
 
 class Block(nn.Module):
@@ -160,7 +163,8 @@ class Backbone(nn.Module):
         if part is not None:
             positions, end = positions[..., part], part.stop
             documents = None if documents is None else documents[:, : part.stop]
-        mask = attention_mask(documents, positions.shape[-1], end, self.cfg.attention.window, device, self.kernel)
+        look, queries = self.cfg.attention, positions.shape[-1]
+        mask = attention_mask(documents, queries, end, look.window, device, self.kernel, causal=look.causal)
         return Around(self.cfg, positions, mask)
 
     def enter(self, tokens: Tensor, around: "Around") -> Tensor:
@@ -216,6 +220,8 @@ def _draw(cfg: Decoder, name: str, module: nn.Module) -> None:
 
 
 def _norm(cfg: Decoder) -> nn.Module:
+    if cfg.norm == "none":
+        return nn.Identity()
     if cfg.norm == "rmsnorm":
         return nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
     return nn.LayerNorm(cfg.width, eps=cfg.norm_eps, bias=cfg.bias)

@@ -15,7 +15,15 @@ Mask = Any  # None (causal), a Tensor (B or 1, 1, T, S), bool or added to scores
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: Kernel, *, window: int | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    kernel: Kernel,
+    *,
+    window: int | None,
+    dropout: float,
+    causal: bool = True,
 ) -> Tensor:
     """Attention of queries (B, H, T, K) to keys and values (B, G, S, K): (B, H, T, K).
 
@@ -30,8 +38,8 @@ def attend(
         from flash_attn import flash_attn_func  # takes a second, and is not everywhere
 
         heads_last = (x.transpose(1, 2) for x in (q, k, v))
-        span = (-1, -1) if window is None else (window - 1, 0)
-        found: Tensor = flash_attn_func(*heads_last, dropout_p=dropout, causal=True, window_size=span)
+        span = (-1, -1) if window is None else (window - 1, 0 if causal else window - 1)
+        found: Tensor = flash_attn_func(*heads_last, dropout_p=dropout, causal=causal, window_size=span)
         return found.transpose(1, 2)
     if shared and mask is not None:  # with a mask, CUDA's fused kernels want a key head for each query head
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -40,7 +48,7 @@ def attend(
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None and q.shape[2] > 1,
+        is_causal=causal and mask is None and q.shape[2] > 1,
         dropout_p=dropout,
         enable_gqa=shared and mask is None,
     )
@@ -53,9 +61,11 @@ def attention_mask(
     window: int | None,
     device: torch.device,
     kernel: Kernel = "sdpa",
+    *,
+    causal: bool = True,
 ) -> Mask:
-    """Who sees whom: (B or 1, 1, queries, keys) bool, or None where the kernel knows it without: plain causal attention,
-    one query, a window in flash. For flex it is a BlockMask.
+    """Who sees whom: (B or 1, 1, queries, keys) bool, or None where the kernel knows it without: plain attention, causal or
+    not, one query, a window in flash. For flex it is a BlockMask. A `window` that is not `causal` reaches to both sides.
 
     The queries are the last of the keys' positions. `documents` (B, T) int: positions of one document see each other.
     """
@@ -64,10 +74,10 @@ def attention_mask(
     if documents is None and (window is None or (kernel == "flash" and queries == keys)) and queries in (1, keys):
         return None
     if kernel == "flex" and queries == keys:
-        return _block_mask(documents, keys, window, device)
+        return _block_mask(documents, keys, window, device, causal)
     key = torch.arange(keys, device=device)
     query = key[keys - queries :, None]
-    mask = (key <= query) if window is None else (key <= query) & (key > query - window)
+    mask = _seen(query, key, window, causal)
     if documents is None:
         return mask[None, None]
     return (mask & (documents[:, keys - queries :, None] == documents[:, None, :]))[:, None]
@@ -83,13 +93,17 @@ def additive(mask: Mask, like: Tensor) -> Mask:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-def _block_mask(documents: Tensor | None, length: int, window: int | None, device: torch.device) -> Any:
+def _seen(query: Tensor, key: Tensor, window: int | None, causal: bool) -> Tensor:
+    """Whether a query sees a key, by their places."""
+    span = 1 << 30 if window is None else window
+    return (key > query - span) & (key <= query if causal else key < query + span)
+
+
+def _block_mask(documents: Tensor | None, length: int, window: int | None, device: torch.device, causal: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = key <= query
-        if window is not None:
-            seen = seen & (key > query - window)
+        seen = _seen(query, key, window, causal)
         return seen if documents is None else seen & (documents[row, query] == documents[row, key])
 
     rows = None if documents is None else len(documents)

@@ -31,6 +31,18 @@ REFUSED: list[tuple[tuple[str, ...], str, Wrong, str]] = [
         "steps before gradients that these ranks share are summed: use parallel=fsdp",
     ),
     (
+        MIXED,
+        "task=mlm",
+        lambda run: run["task"].kind == "mlm",
+        "hides tokens that all of these ranks would have to know: use parallel=fsdp or parallel=ddp",
+    ),
+    (
+        MIXED,
+        "task=embedding",
+        lambda run: run["task"].kind == "embedding",
+        "takes hidden states of all layers and positions: use parallel=fsdp or parallel=ddp",
+    ),
+    (
         ("tp", "pp"),
         "model.adapter",
         lambda run: run["model"].adapter is not None,

@@ -16,6 +16,7 @@ from trainkit.plan import pretend
 from trainkit.plan.kernels import Device, Work
 from trainkit.plan.live import CATEGORIES, STEP, Live, plain
 from trainkit.run import Run
+from trainkit.tasks import Embedding
 
 Numbers = dict[tuple[str, ...], float]  # what was found, by name. In the depth, each of them is linear
 Seconds = Callable[[list[Work]], float]
@@ -54,8 +55,8 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
         numbers |= {("resident",): sum(live.held.values())}
         batches.rows = rows
         with live.during("evaluation"):
-            run.task.evaluate(it.model, [batches.at(0)], ranks=ranks, stop=lambda: False)
-        if run.evaluation.sample_tokens:
+            _evaluate(run, it, ranks, batches.at(0))
+        if run.evaluation.sample_tokens and run.task.writes:
             _sample(it, live, min(run.evaluation.sample_tokens, run.model.context))
         held = _checkpoint(it)
         numbers |= {("saved",): sum(part.nbytes for tensor in held.values() for part in plain(tensor))}
@@ -63,6 +64,16 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
         described = {name: _described(tensor) for name, tensor in held.items()}
     numbers |= _of_memory(live) | {("host",): max(live.host_peaks.values())}
     return numbers | _of_resuming(run, device, ranks, batches, described)
+
+
+def _evaluate(run: Run, it: Learner, ranks: Ranks, batch: Mapping[str, Tensor]) -> None:
+    """An evaluation of one batch. What is measured of vectors is of their numbers, which are not there, and on the host."""
+    if isinstance(run.task, Embedding):
+        it.model.eval()
+        run.task.embed(it.model, batch)
+        it.model.train()
+    else:
+        run.task.evaluate(it.model, [batch], ranks=ranks, stop=lambda: False)
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:
