@@ -10,7 +10,7 @@ from pathlib import Path
 from trainkit import run as runs
 from trainkit.choices import choices
 from trainkit.errors import UserError
-from trainkit.plan.planned import Plan, Setting, plan, with_microbatch
+from trainkit.plan.planned import KNOWN, Plan, Setting, plan, with_microbatch
 from trainkit.run import Run
 
 GRADES = ("exact", "reordered", "approximate", "changes what is learned")
@@ -63,7 +63,7 @@ class Search:
     def best(self) -> list[Found]:
         """What fits, the best first; where nothing does, what needs the least."""
         before = runs.composed(self._overrides, self._config_dir)
-        parallels = [None] if self._setting.ranks == 1 else [k for k in self._known["parallel"] if k != "single"]
+        parallels = [None] if self._setting.ranks == 1 else [k for k in self._known["parallel"] if k in KNOWN]
         found = [f for kind in parallels for f in self._strategies(kind)]
         least = sorted(self._needed, key=lambda names: self._needed[names])[:BEAM]
         for precision in PRECISIONS:
