@@ -59,7 +59,7 @@ class NextToken:
         """
         count = ranks.sum((batch["labels"] != IGNORED).sum()).clamp(min=1)
         total = torch.zeros((), device=count.device)
-        parts = list(_microbatches(batch, 1 if exact else microbatch))
+        parts = list(microbatches(batch, 1 if exact else microbatch))
         for number, rows in enumerate(parts):
             if exact:
                 exact.begin_row(number)
@@ -95,7 +95,7 @@ class NextToken:
             for batch in batches:
                 if stop():
                     return None
-                for rows in _microbatches(batch, microbatch or len(batch["tokens"])):
+                for rows in microbatches(batch, microbatch or len(batch["tokens"])):
                     loss = model(rows["tokens"], rows["labels"], rows.get("documents"))
                     sums += torch.stack([loss.double(), (rows["labels"] != IGNORED).sum(), rows["bytes"].sum()])
         finally:
@@ -145,6 +145,7 @@ class LanguageModel(nn.Module):
         return F.linear(hidden, unembed) if labels is None else summed_loss(hidden, unembed, labels, self.fused_loss)
 
 
-def _microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:
+def microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:
+    """A batch, so many rows at a time."""
     for begin in range(0, len(batch["tokens"]), rows):
         yield {name: tensor[begin : begin + rows] for name, tensor in batch.items()}
