@@ -19,7 +19,9 @@ def same_gradients(kind: str) -> None:
             loss, grads = learned(task, model(task, dtype), data, N)
             mine = {name: tensor[ranks.rank * each : (ranks.rank + 1) * each] for name, tensor in data.items()}
             for rows in (1, each):
-                it = ranks.apply(model(task, dtype))
+                it = model(task, dtype)
+                ranks.divide(it, lambda rank, size: {})
+                ranks.replicate(it)
                 torch.manual_seed(5)
                 found = task.backward(it, mine, microbatch=rows, ranks=ranks)
                 own = [torch.zeros_like(p) if p.grad is None else ranks.whole(p.grad) for p in it.parameters()]

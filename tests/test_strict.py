@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from tests import test_choices
 from tests.conftest import SMALL
 from tests.hostile import NO_JSON, RUN, SLOW
 from trainkit import run as runs
@@ -87,11 +88,10 @@ def test_plain_words_are_those_of_yaml_1_2(text: str, value: Any) -> None:
 
 
 NEEDS = {
+    **test_choices.NEEDS,
     "data=text": ["data.path=\"books: 'of' #1\""],
     "data=shards": ["data.path=12:30:45"],
     "data=mixture": ["data.sources.a.path=no", "data.sources.off.path=0x1f"],
-    "memory=step_in_backward": ["clip=0"],
-    **{f"model.adapter={kind}": ["start_from=base"] for kind in ("lora", "dora", "qlora")},
 }
 EVERY_CHOICE = [[f"{group}={c}"] for group, found in choices().items() for c in found]
 WORDS = [
