@@ -56,8 +56,8 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     """All that learns, and nothing that writes: enough for tests and benchmarks."""
     _refuse_small_vocabulary(corpus.vocab, run)
     randomness.seed_all(run.seed)
-    model = run.task.build(run.model.build()).to(ranks.home)
-    model = run.precision.apply(model, ranks.device)
+    model = run.task.build(run.model.build())
+    model = run.precision.apply(model, ranks.device).to(ranks.home)  # in its own format it takes less room there
     model = run.memory.apply(model, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
     model = ranks.apply(model, exact_sums=run.deterministic == "elastic")
     _compile(model, run.compile)

@@ -36,14 +36,8 @@ def traced(*overrides: str, device: Device, depth: int | None = None, documents:
     [
         ["model=tiny", "data.batch=8", "precision=bf16", "memory.microbatch=3", "model.vocab=20000"],
         ["model=tiny", "data.batch=1", "data.length=32", "memory=checkpoint", "model.vocab=20000", bench.ONE],
-        [
-            "model=tiny",
-            "data.batch=40",
-            "data.length=128",
-            "memory=checkpoint",
-            "memory.microbatch=1",
-            "model.vocab=40000",
-        ],
+        ["model=tiny", "data.batch=8", "memory=checkpoint+8bit", "memory.microbatch=1", "model.vocab=20000"],
+        ["model=tiny", "data.batch=8", "memory=checkpoint+stream", "precision=bf16", "memory.microbatch=4"],
         ["model=tiny", "data.batch=8", "model.dropout=0.1", "optimizer=muon", "memory=offload_activations"],
         ["model=gpt2", "model.width=96", "model.depth=3", "data.batch=4", "precision=bf16", "optimizer=sgd"],
     ],

@@ -43,7 +43,8 @@ def show_found(found: Sequence[Found], cut_short: bool) -> None:
     for f in (fit or found)[:SHOWN]:
         p = f.plan
         speed = f"{human_count(p.tokens_per_s)} tokens/s" if p.fits else "too large"
-        console.print(f"  {human_bytes(p.needed):>10}  {speed:>16}  {f.grade}", markup=False)
+        host = f"  {human_bytes(p.host_bytes):>10} of the host" if p.setting.card.cuda else ""
+        console.print(f"  {human_bytes(p.needed):>10}{host}  {speed:>16}  {f.grade}", markup=False)
         console.print(f"    {command(f)}", markup=False)
     if cut_short:
         console.print("the search was cut short by its time limit: --search-s makes it longer")
@@ -65,9 +66,10 @@ def assumed(plan: Plan) -> str:
     rows = "rows of several documents" if setting.documents else "rows of one document"
     traced = f"traced on {blocks} blocks" + (" and extrapolated to all" if len(plan.depths) > 1 else "")
     share = f"matrix products at {setting.share:.0%} of the peak"
+    compiled = "not compiled" if plan.compile == "off" else f"compile={plan.compile} planned as eager, which is slower"
     if not setting.card.cuda:
-        return f"{traced}; {rows}; not compiled; {share}, which was measured here"
-    return f"{traced}; {rows}; not compiled; {share}; figures for a GPU are not yet measured on one"
+        return f"{traced}; {rows}; {compiled}; {share}, which was measured here"
+    return f"{traced}; {rows}; {compiled}; {share}; figures for a GPU are not yet measured on one"
 
 
 def cell(plan: Plan, overrides: Sequence[str], memory: str) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def cell(plan: Plan, overrides: Sequence[str], memory: str) -> dict[str, Any]:
         "gpu": plan.setting.card.name,
         "gpus": plan.setting.ranks,
         "microbatch": plan.microbatch,
+        "compile": plan.compile,
         "parameters": plan.parameters,
         "flops_per_token": plan.flops_per_token,
         "predicted_tokens_per_s": plan.tokens_per_s,
@@ -88,6 +91,7 @@ def cell(plan: Plan, overrides: Sequence[str], memory: str) -> dict[str, Any]:
         "predicted_device_bytes": plan.needed,
         "predicted_host_bytes": plan.host_bytes,
         "predicted_sent_bytes": plan.sent_bytes,
+        "predicted_moved_bytes": plan.moved_bytes,
         "predicted_checkpoint_bytes": plan.checkpoint_bytes,
         "predicted_hours": plan.hours,
         "predicted_cost": plan.cost,
