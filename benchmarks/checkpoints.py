@@ -8,6 +8,8 @@ Every round measures all of these in turn, and the table holds medians:
 - `dd conv=fsync` of as many bytes to the same disk, and the same bytes read back, which is the least that a verified
   save can cost;
 - a resume: verifying and loading in one pass, from the page cache and from the disk.
+
+With `--every N` instead: how much longer N steps take with one save behind them than without, in turns.
 """
 
 import argparse
@@ -94,12 +96,34 @@ def one_round(it: Learner, saver: dict[str, Checkpointer], folder: Path, size: i
     return found
 
 
+def overhead(it: Learner, checkpointer: Checkpointer, every: int, rounds: int) -> None:
+    """Print what a save behind `every` steps adds to them, the wait for its end at theirs included."""
+
+    def steps(step: int | None) -> None:
+        for number in range(every):
+            float(it.train_step()["loss"])
+            if number == 0 and step is not None:
+                checkpointer.save(step, it.tensors(), {"learner": it.state()}, {}, facts=FACTS)
+        checkpointer.wait()
+        assert all(outcome.error is None for outcome in checkpointer.finished())
+
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    for step in range(1, rounds + 2):
+        seconds["without"].append(timed(lambda: steps(None)))
+        seconds["with"].append(timed(partial(steps, step)))
+    added = [b - a for a, b in zip(seconds["without"], seconds["with"], strict=True)][1:]
+    without = statistics.median(seconds["without"][1:])
+    print(f"{every} steps take {without:.2f} s; a save behind them adds {statistics.median(added):.2f} s (median)")
+    print("round by round: " + ", ".join(f"{more:+.2f}" for more in added))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure")
     parser.add_argument("--model", default="gpt2")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--every", type=int, help="measure the overhead of a save each so many steps")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         Path(place, "data").mkdir()
@@ -114,6 +138,8 @@ def main() -> None:
         }
         for checkpointer in saver.values():
             checkpointer.preflight(size)
+        if arguments.every:
+            return overhead(it, saver["asynchronous"], arguments.every, arguments.rounds)
         rounds = [one_round(it, saver, Path(place), size, step) for step in range(1, arguments.rounds + 2)][1:]
     medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     print(f"{size / 1e9:.2f} GB of state, {torch.get_num_threads()} threads, median of {arguments.rounds} rounds\n")

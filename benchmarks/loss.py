@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from trainkit.profile.allocations import Allocations
 from trainkit.tasks.loss import summed_loss
 
 VOCAB = 50_304
@@ -37,14 +37,9 @@ def ways() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 def most_allocated(work: Callable[[], object]) -> int:
     """The most bytes that tensors made in `work` take at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with Allocations(torch.nn.Module(), device=torch.device("cpu")) as seen:
         work()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    return seen.peak
 
 
 def main() -> None:

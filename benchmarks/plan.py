@@ -13,19 +13,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.profiler import profile, record_function
 
 from trainkit import build
 from trainkit import run as runs
 from trainkit.plan.cards import Card
 from trainkit.plan.planned import Setting, plan
+from trainkit.profile.allocations import Allocations
 from trainkit.run import Run
 from trainkit.tasks.generate import generate
 
@@ -33,6 +31,7 @@ PHASES = ("training", "evaluation", "saving", "resuming")
 TINY, CHAR, M50, GPT2 = "model=tiny", "model=char-small", "model=M50", "model=gpt2"
 CHECKPOINT, OFFLOAD, BOTH = "memory=checkpoint", "memory=offload_activations", "memory=checkpoint+offload_activations"
 ONE, START = "one-document", "start_from=base"  # of which nothing is read here
+CPU = torch.device("cpu")
 CELLS = [
     [TINY, "data.batch=16"],
     [TINY, "data.batch=16", "precision=bf16", ONE],
@@ -103,16 +102,16 @@ def measured(cell: list[str]) -> dict[str, int]:
     write_corpus(Path("corpus"), ONE in cell)
     run = composed(cell)
     corpus, folder = run.data.open(), Path("run")
-    with _allocations() as first:
+    with Allocations(torch.nn.Module(), device=CPU) as first:
         ranks = build.ranks(run)
         it = build.learner(run, corpus, ranks)
         checkpointer = run.checkpoint.build(folder, higher_is_better=False, versions={})
         checkpointer.preflight(1)
-        with record_function("@training"):
+        with first.phase("training"):
             it.train_step(), it.train_step()
-        with record_function("@evaluation"):
+        with first.phase("evaluation"):
             _evaluate(run, it)
-        with record_function("@saving"):
+        with first.phase("saving"):
             checkpointer.save(it.step, it.tensors(), {"learner": it.state()}, {}, facts=_FACTS)
             if run.checkpoint.asynchronous:  # then training goes on beside it
                 it.train_step()
@@ -121,15 +120,16 @@ def measured(cell: list[str]) -> dict[str, int]:
         for outcome in checkpointer.finished():
             assert outcome.error is None, outcome.error
     del it, checkpointer
-    with _allocations() as second:
+    with Allocations(torch.nn.Module(), device=CPU) as second:
         it = build.learner(run, corpus, ranks)
         checkpointer = run.checkpoint.build(folder, higher_is_better=False, versions={})
-        with record_function("@resuming"):
+        with second.phase("resuming"):
             found = checkpointer.load_latest(it.places)
             assert found is not None
             it.load(found.tensors, found.state["learner"])
     ranks.leave()
-    return {name: first.get(name) or second[name] for name in PHASES}
+    phases = first.by_phase | {"resuming": second.by_phase["resuming"]}
+    return {name: phases[name].peak for name in PHASES}
 
 
 _FACTS = {"metric": None, "val_loss": None, "epoch": 0.0, "epoch_end": False, "tokens": 0, "seconds": 0.0}
@@ -140,23 +140,6 @@ def _evaluate(run: Run, it: Any) -> None:
     assert it.evaluate(batches, stop=lambda: False) is not None
     written = generate(it.model, [10], tokens=run.evaluation.sample_tokens, context=run.model.context, seed=0)
     assert len(list(written)) == run.evaluation.sample_tokens
-
-
-@contextmanager
-def _allocations() -> Iterator[dict[str, int]]:
-    """The most bytes at once between the beginning and the end of each `@name`, of all that was allocated in here."""
-    peaks: dict[str, int] = {}
-    with profile(use_kineto=True, profile_memory=True) as profiler:
-        yield peaks
-    events = list(profiler.kineto_results.events())
-    spans = [(e.name()[1:], e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name()[0] == "@"]
-    held = 0
-    levels = []
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    for when, size in sorted(changes, key=lambda change: change[0]):
-        levels += [(when, held), (when, held := held + size)]
-    for name, begin, end in spans:
-        peaks[name] = max((level for when, level in levels if begin <= when <= end), default=0)
 
 
 def predicted(cell: list[str], *, whole: bool = False) -> dict[str, int]:

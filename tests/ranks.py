@@ -23,7 +23,7 @@ def free_port() -> int:
         return int(it.getsockname()[1])
 
 
-def in_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> None:
+def in_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: float = 300) -> None:
     """Call `work(*arguments)` on `size` ranks in this folder, as torchrun would start them; fail if one fails."""
     port = free_port()
     with tempfile.TemporaryDirectory() as said:

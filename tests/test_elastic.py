@@ -47,7 +47,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("layouts", LAYOUTS)
 def test_a_run_goes_on_on_other_ranks(layouts: str, precision: str) -> None:
@@ -58,7 +58,7 @@ def test_a_run_goes_on_on_other_ranks(layouts: str, precision: str) -> None:
     close("moved", "whole", TOLERANCE[precision])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("size", "kind"), [(2, "fsdp"), (3, "ddp"), (4, "fsdp")])
 def test_the_same_ranks_go_on_to_the_bit(size: int, kind: str) -> None:
     what = [f"parallel={kind}", "model.dropout=0.1", "memory.microbatch=2"]
@@ -69,7 +69,7 @@ def test_the_same_ranks_go_on_to_the_bit(size: int, kind: str) -> None:
     assert all(torch.equal(weights("halted")[k], v) for k, v in weights("whole").items())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_exact_sums_are_the_same_to_the_bit_on_any_ranks() -> None:
     what = ["deterministic=elastic", "model.dropout=0.1"]
     run("name=whole", *what)

@@ -33,6 +33,7 @@ FLOORS = [
         "tracking",
         "profile",
         "hardware",
+        "speed",
         "randomness",
         "signals",
         "throughput",
@@ -57,6 +58,8 @@ FLOORS = [
         "show",
         "doctor",
         "sampling",
+        "embed",
+        "floors",
         "prepare",
         "merge",
         "plan",
@@ -251,6 +254,11 @@ NEEDS = {
     **{f"model.adapter={kind}": ["start_from=base"] for kind in ("lora", "dora", "qlora")},
     "data=mixture": ["data.sources.a.path=a", "data.sources.b.path=b"],
     "memory=step_in_backward": ["clip=0"],
+    "task=embedding": ["data=wordnet"],
+    "task=mlm": ["model.attention.causal=false"],
+    "data=pairs": ["task=embedding", "data.path=pairs.tsv"],
+    "data=stsb": ["task=embedding", "task.loss=cosent"],
+    "data=wordnet": ["task=embedding"],
 }
 ALONE = {"4bit", "fp8", "step_in_backward", "stream"}  # what cannot be joined with others of its group
 

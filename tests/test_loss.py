@@ -148,3 +148,39 @@ def test_what_is_frozen_costs_nothing() -> None:
     with Calls() as calls, torch.no_grad():
         summed_loss(hidden, unembed, labels)
     assert calls.products == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_a_compiler_gets_the_same_loss(dtype: torch.dtype, near: float, wanted: tuple[bool, bool]) -> None:
+    """What it is given to compile is written another way, without buffers."""
+    hidden, unembed, labels = operands(dtype)
+    hidden, unembed = (t.detach().requires_grad_(w) for t, w in zip((hidden, unembed), wanted, strict=True))
+    total, grads = exact(hidden, unembed, labels)
+    torch._dynamo.reset()
+    found = torch.compile(summed_loss, backend="aot_eager", fullgraph=True)(hidden, unembed, labels)
+    assert far(found.detach(), total) < near
+    (found * 3).backward()
+    for tensor, grad, want in zip((hidden, unembed), grads, wanted, strict=True):
+        assert (tensor.grad is not None) == want
+        assert not want or (tensor.grad.dtype == dtype and far(tensor.grad, 3 * grad) < near)  # type: ignore[union-attr]
+
+
+def test_a_compiled_loss_never_holds_all_logits() -> None:
+    hidden, unembed, labels = operands(torch.float32)
+    most = 0
+
+    def largest(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        nonlocal most
+        for node in graph.graph.nodes:
+            if isinstance(value := node.meta.get("example_value"), Tensor):
+                most = max(most, value.numel())
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(summed_loss, backend=largest, fullgraph=True)(hidden, unembed, labels)
+    assert far(found, exact(hidden, unembed, labels)[0]) < 1e-5
+    assert unembed.numel() <= most <= max(unembed.numel(), 21 * 7000)

@@ -114,7 +114,7 @@ def trains(*words: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_killed_rank_is_restarted_by_torchrun_and_nothing_is_lost() -> None:
     what = [*SMALL, "parallel=ddp", "steps=40", "checkpoint.every=5"]
     whole = trains(*what, "name=whole")
@@ -137,7 +137,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_nothing_is_lost() -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_mistake_under_torchrun_is_said_once() -> None:
     run = trains(*SMALL, "parallel=ddp", "data.batch=5", "name=x")
     said = run.communicate()[0]

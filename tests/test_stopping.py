@@ -83,7 +83,7 @@ def loaded(process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", [[], ["compile=full", "evaluation.sample_tokens=0"]], ids=["eager", "compiled"])
 def test_a_stop_at_any_moment_is_a_clean_one(how: list[str]) -> None:
     draw = random.Random(0)
@@ -131,7 +131,7 @@ def compile_under(signals: Signals, *, immediate: bool) -> None:
         raise RuntimeError("the backend failed")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_stop_while_python_takes_itself_down_changes_nothing() -> None:
     code = """
 import signal
@@ -176,7 +176,7 @@ def test_the_spot_loop_goes_on_after_kills_and_stops_when_asked() -> None:
     assert code_of(str(ROOT / "scripts/spot_loop.sh"), "model=nothing") == 2
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_the_slurm_job_requeues_itself(tmp_path: Path) -> None:
     fake = tmp_path / "bin"
     fake.mkdir()
@@ -196,7 +196,7 @@ def test_the_slurm_job_requeues_itself(tmp_path: Path) -> None:
     assert held
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_ranks_of_a_stopped_rank_do_not_wait_for_ever() -> None:
     port = free_port()
     what = [*SMALL, "parallel=ddp", "steps=100000", "name=h", "evaluation=end", "checkpoint.every=50"]

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import fitting, hardware, optimizers, randomness, versions
+from trainkit import fitting, floors, hardware, optimizers, randomness, versions
 from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit import start as starts
 from trainkit.checkpoint import Loaded, store
 from trainkit.checkpoint.lock import RunLock
 from trainkit.checkpoint.mirror import Mirror
-from trainkit.errors import DamagedError, UserError
+from trainkit.errors import DamagedError, UserError, nearest
 from trainkit.header import checkpoint_bytes, header
 from trainkit.learner import Learner
 from trainkit.notify import Notifier
@@ -40,16 +40,24 @@ def check(run: Run) -> None:
         UserError: the data is not there, or its vocabulary does not fit the model.
     """
     run.parallel.check()
-    run.precision.check(hardware.choose(run.parallel.device))
+    device = hardware.choose(run.parallel.device)
+    run.precision.check(device)
+    run.speed.check(device, run.precision.matmul_dtype())
     run.data.check()
     run.profile.check()
+    if run.evaluation.metric not in (measured := run.task.measured(run.data)):
+        raise UserError(
+            f"evaluation.metric={run.evaluation.metric} needs pairs that the data does not hold out{nearest('', measured)}"
+        )
     if (vocab := run.data.vocab()) is not None:
         _refuse_small_vocabulary(vocab, run)
 
 
 def ranks(run: Run) -> Ranks:
     """The processes of this run and their device."""
-    return run.parallel.join(hardware.choose(run.parallel.device), stream=run.memory.stream is not None)
+    device = hardware.choose(run.parallel.device)
+    run.speed.begin(device, run.precision.matmul_dtype())
+    return run.parallel.join(device, stream=run.memory.stream is not None)
 
 
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
@@ -58,9 +66,10 @@ def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     randomness.seed_all(run.seed)
     model = run.task.build(run.model.build())
     model = run.precision.apply(model, ranks.device).to(ranks.home)  # in its own format it takes less room there
+    model = run.speed.apply(model)
     model = run.memory.apply(model, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
     model = ranks.apply(model, exact_sums=run.deterministic == "elastic")
-    _compile(model, run.compile)
+    _compile(model, run.compile, "reduce-overhead" if run.speed.cuda_graphs else None)
     return Learner(
         task=run.task,
         model=model,
@@ -156,13 +165,13 @@ def _trainer(
         watchdog=Watchdog(folder, joined.rank, run.guard.hang_s),
         meter=Meter(
             tokens_per_step=it.loader.tokens_per_step,
-            flops_per_token=run.model.flops_per_token(run.data.length),
+            flops_per_token=run.model.flops_per_token(run.data.length, head=run.task.head),
             peak_flops=hardware.peak_flops(joined.device, run.precision.matmul_dtype()) * joined.size,
         ),
         log_every=run.tracking.every,
         stop_at=min(run.stop_at or run.steps, run.steps),
         readings=lambda: hardware.readings(joined.device),
-        sample=_sampler(run, it, corpus) if run.evaluation.sample_tokens else None,
+        sample=_sampler(run, it, corpus) if run.evaluation.sample_tokens and run.task.writes else None,
         remember=lambda history: history_file.write(folder, history) if joined.first else None,
         tell=notifier.tell,
         facts=_facts(corpus),
@@ -188,6 +197,8 @@ def _trainer(
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus, mirror), it.step, steps=made.stop_at, config=run.yaml())
+    if run.task.takes == "pairs" and it.step == 0 and (floor := floors.said(it, corpus)):
+        trackers.note(floor)
     made.saves.pass_on()
     try:
         yield made
@@ -216,15 +227,16 @@ def _opened(run: Run, joined: Ranks, report: Report | None) -> Any:
     return run.data.open()
 
 
-def _compile(model: Any, how: str) -> None:
+def _compile(model: Any, how: str, mode: str | None) -> None:
     if how == "blocks":
         for block in model.backbone.blocks:
-            block.compile()
+            block.compile(mode=mode)
     elif how == "full":
-        model.compile()
+        model.compile(mode=mode)
 
 
 def _refuse_small_vocabulary(vocab: int, run: Run) -> None:
+    vocab += run.task.own_ids
     if vocab > run.model.vocab:
         raise UserError(
             f"the tokenizer has {vocab} ids and model.vocab={run.model.vocab} has no room for them: "

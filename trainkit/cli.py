@@ -128,7 +128,7 @@ def evaluate(
     json_: Json = False,
     runs: Runs = RUNS,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint on its validation split, or on another data=..."""
+    """What the task measures, on the checkpoint's own validation split or on another data=..."""
     from trainkit import use
 
     use.evaluate(checkpoint, overrides or [], runs, quantize=quantize, as_json=json_)
@@ -151,6 +151,22 @@ def generate(
     from trainkit import use
 
     use.generate(checkpoint, prompt, tokens, temperature, top_k, top_p, seed, device, quantize, runs)
+
+
+@app.command()
+def embed(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT")],
+    prompt: Annotated[str, typer.Option(help="What goes before every line, if the model learned with one.")] = "",
+    rows: Annotated[int, typer.Option(min=1, help="Lines that go through the model at once.")] = 64,
+    width: Annotated[int | None, typer.Option(min=1, help="Keep the first numbers of a vector only.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    quantize: Quantize = None,
+    runs: Runs = RUNS,
+) -> None:
+    """A vector for every line: trainkit embed CHECKPOINT < lines > vectors.npy"""
+    from trainkit import embed as verb
+
+    verb.embed(checkpoint, prompt, rows, width, device, quantize, runs)
 
 
 @app.command()

@@ -28,6 +28,7 @@ def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> di
         "batch": f"{micro} rows × {accumulated} accumulated × {ways} rank{'s' if ways > 1 else ''} = {run.data.batch} "
         f"rows of {run.data.length}: {human_count(meter.tokens_per_step)} tokens a step, "
         f"{run.data.batch * run.steps / _samples(it):.1f} epochs",
+        **run.speed.describe(device),
         **({"mirror": mirror.describe()} if mirror else {}),
         "memory": f"{run.memory.describe()}; a checkpoint takes {human_bytes(checkpoint_bytes(it))}",
     }

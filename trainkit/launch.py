@@ -71,7 +71,8 @@ def _say_what_next(run: Run, step: int, end: str, fresh: bool) -> None:
     more = f"trainkit resume {run.name}" if step < run.steps and end == "done" else None
     steps = [
         more,
-        f"trainkit generate {run.name} --prompt 'Call me '",
+        f"trainkit generate {run.name} --prompt 'Call me '" if run.task.writes else None,
+        f"trainkit embed {run.name} < LINES > vectors.npy" if run.task.takes == "pairs" else None,
         f"trainkit evaluate {run.name}",
         "trainkit list-checkpoints",
         "tensorboard --logdir runs",

@@ -33,12 +33,13 @@ from trainkit.parallel import Parallel
 from trainkit.precision import MULTIPLE, Precision
 from trainkit.profile import Profile
 from trainkit.schedules import Schedule
+from trainkit.speed import Speed
 from trainkit.strict import MAX_YAML, one_line, parse_yaml, read_file, reason, write_yaml
 from trainkit.tasks import Task
 from trainkit.tracking import Tracking
 from trainkit.trees import flat, get, put, what
 
-HOW_GROUPS = ("memory", "parallel", "checkpoint", "guard", "evaluation", "tracking", "profile")
+HOW_GROUPS = ("memory", "parallel", "checkpoint", "guard", "evaluation", "tracking", "profile", "speed")
 FILE = "run.yaml"
 
 
@@ -71,11 +72,16 @@ class Run:
     evaluation: Evaluation
     tracking: Tracking
     profile: Profile = Profile()
+    speed: Speed = Speed()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", self.name or ""):
             raise ValueError(f"name={self.name} is not a folder's name: letters, digits and . _ + - only")
         self.schedule.check(self.steps)
+        if self.data.gives != self.task.takes:
+            raise ValueError(
+                f"task={self.task.kind} learns from {self.task.takes}, and data={self.data.kind} has {self.data.gives}"
+            )
         self.memory.check(
             **{name: getattr(self, name) for name in ("optimizer", "clip", "precision", "guard", "parallel")},
             batch=self.data.batch,
@@ -98,9 +104,16 @@ class Run:
             )
         if self.model.adapter is not None and self.start_from is None:
             raise ValueError("model.adapter learns beside a trained model: name its checkpoint, start_from=CHECKPOINT")
+        if self.speed.attention == "flex" and self.model.dropout:
+            raise ValueError("speed.attention=flex has no dropout: use speed.attention=sdpa, or model.dropout=0")
+        if self.speed.cuda_graphs and self.compile == "off":
+            raise ValueError("speed.cuda_graphs records what is compiled: add compile=blocks or compile=full")
+        if self.speed.cuda_graphs and self.memory.microbatch not in (None, self.data.batch):
+            raise ValueError("speed.cuda_graphs takes a step's rows at once: leave memory.microbatch out")
         if self.evaluation.metric not in self.task.metrics:
             known = nearest(self.evaluation.metric, self.task.metrics)
             raise ValueError(f"evaluation.metric={self.evaluation.metric} is not measured by {self.task.kind}{known}")
+        self.task.check(self.model)
 
     def what(self) -> dict[str, Any]:
         """The values that decide what is learned, by dotted key."""

@@ -143,10 +143,11 @@ class Trainer:
         record = self.read(metrics) if log else {}
         if evaluate and (found := self.evaluate()):
             record |= found
-            improved = self.counts(step) and self.best.update(step, found[self.evaluation.metric])
+            value = found.get(self.evaluation.metric, math.nan)
+            improved = self.counts(step) and self.best.update(step, value)
             save = save or (improved and self.checkpoint.keep_best > 0)
             if improved:
-                self.tell(f"step {step}: {self.evaluation.metric} {found[self.evaluation.metric]:.4f}, the best so far")
+                self.tell(f"step {step}: {self.evaluation.metric} {value:.4f}, the best so far")
         if log:
             self.trackers.log(step, record)
         if save:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 
-from trainkit import build, hardware
+from trainkit import build, embed, hardware
 from trainkit import run as runs
 from trainkit.checkpoint import BadCheckpoint, Loaded, find, load
 from trainkit.data import tokenizers
@@ -26,8 +26,11 @@ from trainkit.units import human_bytes
 
 def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | None, as_json: bool) -> None:
     """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`."""
-    loaded, own = _opened(which, root)
-    _refuse_format(quantize, own)
+    loaded, own = opened(which, root)
+    refuse_format(quantize, own)
+    if own.task.takes == "pairs":
+        embed.report(loaded, own, overrides, quantize=quantize, as_json=as_json)
+        return
     run = runs.saved(own.yaml(), overrides, free=("data",))
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
     build.check(run)
@@ -42,7 +45,7 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
     ranks = build.ranks(run)
     learner = build.learner(run, corpus, ranks)
     load_model(learner.model, loaded.tensors)
-    held = _quantized(learner.model, quantize)
+    held = quantized(learner.model, quantize)
     try:
         found = run.task.evaluate(
             learner.model, learner.loader.validation(run.evaluation.batches), ranks=ranks, stop=lambda: False
@@ -73,14 +76,16 @@ def generate(
     root: Path,
 ) -> None:
     """Write the prompt and what the model goes on with to stdout, as it comes."""
-    loaded, run = _opened(which, root)
-    _refuse_format(quantize, run)
+    loaded, run = opened(which, root)
+    refuse_format(quantize, run)
+    if not run.task.writes:
+        raise UserError(f"{run.name} has learned task={run.task.kind}, which writes no text")
     tokenizer = tokenizers.load(loaded.files.get("tokenizer.json", b""))
     place = hardware.choose(device)
     model = run.task.build(run.model.build()).to(place)
     load_model(model, loaded.tensors)
     model = run.precision.to_use(place).apply(model, place).eval()
-    _quantized(model, quantize)
+    quantized(model, quantize)
     written = stream(
         model,
         tokenizer,
@@ -98,7 +103,7 @@ def generate(
     sys.stdout.write("\n")
 
 
-def _opened(which: str, root: Path) -> tuple[Loaded, Run]:
+def opened(which: str, root: Path) -> tuple[Loaded, Run]:
     """The checkpoint that `which` names, and the run that it carries."""
     path = find.resolve(which, root, policy)
     try:
@@ -112,7 +117,8 @@ def _opened(which: str, root: Path) -> tuple[Loaded, Run]:
     return loaded, run
 
 
-def _refuse_format(form: str | None, run: Run) -> None:
+def refuse_format(form: str | None, run: Run) -> None:
+    """Raise UserError when the blocks' weights cannot be held in `form`."""
     if form is not None and form not in (known := get_args(Format)):
         raise UserError(f"--quantize {form} is not a format{nearest(form, known)}")
     if form is not None and run.model.adapter is not None:
@@ -121,7 +127,7 @@ def _refuse_format(form: str | None, run: Run) -> None:
         )
 
 
-def _quantized(model: torch.nn.Module, form: Any) -> dict[str, int]:
+def quantized(model: torch.nn.Module, form: Any) -> dict[str, int]:
     """Hold the blocks' weights in `form`, if one is given; the bytes of all weights."""
     if form is not None:
         in_format(model, form)

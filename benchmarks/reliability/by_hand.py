@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,20 @@ def numbered(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=lambda p: int(re.findall(r"\d+", p.stem)[-1]), reverse=True)
 
 
-class ByHand:
+class ByHand(ABC):
     """A loop that saves a state after every step."""
 
+    @abstractmethod
     def write(self, folder: Path, step: int, state: Mapping[str, Tensor]) -> None:
-        raise NotImplementedError
+        """Save `state`."""
 
+    @abstractmethod
     def read(self, path: Path) -> Mapping[str, Any]:
-        raise NotImplementedError
+        """The state that was saved there."""
 
+    @abstractmethod
     def checkpoints(self, folder: Path) -> list[Path]:
-        raise NotImplementedError
+        """What can be read, the newest first."""
 
     def train(self, folder: Path, watch: Watch) -> None:
         for step in range(1, LAST + 1):

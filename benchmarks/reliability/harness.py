@@ -31,7 +31,7 @@ def build_shim(folder: Path) -> Path:
 
 
 def other_filesystem(folder: Path) -> Path:
-    for place in (Path("/dev/shm"), Path("/tmp"), Path.home()):
+    for place in (Path("/dev/shm"), Path(tempfile.gettempdir()), Path.home()):
         if place.is_dir() and os.access(place, os.W_OK) and place.stat().st_dev != folder.stat().st_dev:
             return place
     raise NotHere("no second filesystem to put TMPDIR on")

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable
 
-from torch.profiler import ProfilerActivity, profile
+import torch
+
+from trainkit.profile.allocations import Allocations
 
 
 def most_allocated(work: Callable[[], object]) -> int:
     """The most bytes that tensors made in `work` take at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with Allocations(torch.nn.Module(), device=torch.device("cpu")) as seen:
         work()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    return seen.peak

@@ -222,17 +222,19 @@ def sharded(kind: str) -> None:
     whole = 4 * sum(p.numel() for p in it.parameters)
     it.train_step()
     seen = seen_in(it)
-    at_peak = seen.by_phase["optimizer"].at_peak
     if kind == "ddp":
+        at_peak = seen.by_phase["optimizer"].at_peak
         assert at_peak["parameters"] == whole
         assert 2 * whole <= at_peak["gradients"] < 2 * whole + 64  # the bucket that is summed, and numbers to compare
         assert at_peak["optimizer"] == 2 * whole + 4 * len(it.parameters)
     else:
-        assert at_peak["parameters"] == whole / 2
-        assert at_peak["optimizer"] == whole + 4 * len(it.parameters)
-        update = max(b.begin for b in seen.blocks if b.phase == "optimizer")
-        gradients = sum(b.bytes for b in alive(seen.blocks, update) if b.category == "gradients")
-        assert whole / 2 <= gradients < whole / 2 + 64  # and numbers to compare
+        update = max(b.begin for b in seen.blocks if b.phase == "optimizer")  # when all is summed
+        held = dict.fromkeys(CATEGORIES, 0)
+        for block in alive(seen.blocks, update):
+            held[block.category] += block.bytes
+        assert held["parameters"] == whole / 2
+        assert held["optimizer"] == whole + 4 * len(it.parameters)
+        assert whole / 2 <= held["gradients"] < whole / 2 + 64  # and numbers to compare
         gathered = seen.by_phase["forward"].at_peak["parameters"]
         assert whole / 2 < gathered < 2 * whole
     it.ranks.leave()

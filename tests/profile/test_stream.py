@@ -11,6 +11,7 @@ from torch._C._profiler import RecordScope, _EventType
 
 from trainkit.profile import MemoryProfile, allocations, memory, stream
 from trainkit.profile.allocations import Allocations
+from trainkit.profile.blocks import Mark, read
 from trainkit.profile.phases import parts
 from trainkit.profile.stream import Kind
 
@@ -156,6 +157,37 @@ def test_on_a_gpu_everything_that_lived_before_counts(monkeypatch: pytest.Monkey
     assert seen.by_phase["optimizer"].at_peak == {**expected, "parameters": 0, "optimizer": 1024, "activations": 0}
     assert (seen.peak, seen.reserved) == (10_000, 20_000)
     assert seen.at_peak == {**expected, "temporary": 3000 + 10_000 - sum(expected.values())}
+
+
+def test_what_fsdp_communicates_has_ended_before_an_update() -> None:
+    """Also when gloo's thread was the last to hold it, and nobody reported its end."""
+    c = Clock()
+    places = {3: ("gradients", 30)}
+    marks = [Mark(places, set()) for _ in range(2)]
+    tree = [
+        c.op("FSDP::all_gather", lambda: c.memory(6, 6)),
+        c.op(
+            NODE + "A",
+            lambda: c.op("FSDP::post_backward", lambda: c.memory(1, 10), lambda: c.memory(3, 30)),
+            lambda: c.op("trainkit.mark 0"),  # of an update in the backward: more is to come
+            sequence=1,
+        ),
+        c.op("FSDP::post_backward", lambda: c.memory(2, 20)),  # the last one, behind all nodes
+        c.op("aten::norm", lambda: c.memory(4, 4)),
+        c.op("Optimizer.step#SGD.step", lambda: c.op("trainkit.mark 1"), lambda: c.memory(5, 5)),
+        c.op("aten::after", lambda: c.memory(2, -20)),  # nor does it matter when it is reported after all
+    ]
+    events = stream.events(tree, GPU)
+    found = {b.bytes: b for b in read(events, parts(events), {}, marks)}
+    update = next(i for i, event in enumerate(events) if event.text == "1")
+    assert {size: block.end for size, block in found.items()} == {
+        6: update,
+        10: update,
+        20: update,
+        30: None,
+        4: None,
+        5: None,
+    }
 
 
 def test_blocks_of_a_gpu_are_multiples(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             "seconds": seconds,
             "steps": spec["steps"],
             "tokens_per_step": it.loader.tokens_per_step,
-            "flops_per_token": run.model.flops_per_token(run.data.length),
+            "flops_per_token": run.model.flops_per_token(run.data.length, head=run.task.head),
             "peak_flops": peak_flops,
             "parameters": run.model.parameters(),
             "losses": [float(loss) for loss in losses],

@@ -1,4 +1,4 @@
-"""What is learned from: text prepared on the fly, token shards, or a weighted mixture of them.
+"""What is learned from: text prepared on the fly, token shards, a weighted mixture of them, or pairs of texts.
 
 `check()` finds what is wrong before anything is read; `open()` gives a corpus; `build()` a loader of it. Where the data
 lies is how a run is done; what it is, its fingerprint, is what is learned.
@@ -7,7 +7,7 @@ lies is how a run is done; what it is, its fingerprint, is what is learned.
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Interval
@@ -16,10 +16,11 @@ from trainkit.config import Count, Natural, Positive, config, how
 from trainkit.data import hub
 from trainkit.data.cache import prepared
 from trainkit.data.loader import Loader, rows
+from trainkit.data.pairs import STSB, Pairs, WordNet
 from trainkit.data.prepare import Report
 from trainkit.data.shards import INDEX, Corpus, open_corpus
 from trainkit.data.sources import find
-from trainkit.data.tokenizers import TokenizerConfig
+from trainkit.data.tokenizers import LEARNED, TokenizerConfig
 from trainkit.errors import UserError
 
 HeldOut = Annotated[float, Interval(gt=0, le=0.5)]
@@ -30,6 +31,7 @@ class Rows:
     """What every kind of data says: rows of `length` tokens, `batch` of them a step over all ranks, and how many
     `workers` (processes) make batches ahead; a memory-mapped row takes so little that 0, no other process, is usual."""
 
+    gives: ClassVar[str] = "text"
     length: Count
     batch: Count
     workers: Natural = how(0)
@@ -128,9 +130,9 @@ class Mixture(Rows):
             )
         if any(source.path is None for source in self.sources.values()):
             raise ValueError("every source of a mixture needs a path: data.sources.NAME.path=...")
-        if self.tokenizer.kind == "bpe":
+        if self.tokenizer.kind in LEARNED:
             raise ValueError(
-                "a mixture cannot train one bpe for all its sources: prepare them with one tokenizer first"
+                f"a mixture cannot train one {self.tokenizer.kind} for all its sources: prepare them with one tokenizer first"
             )
 
     def vocab(self) -> int | None:
@@ -179,6 +181,6 @@ def _is_prepared(source: Source) -> bool:
     return (Path(source.path) / INDEX).is_file()
 
 
-Data = Text | Shards | Mixture
+Data = Text | Shards | Mixture | Pairs | WordNet | STSB
 
-__all__ = ["Data", "Mixture", "Shards", "Source", "Text"]
+__all__ = ["STSB", "Data", "Mixture", "Pairs", "Shards", "Source", "Text", "WordNet"]

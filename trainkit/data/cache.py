@@ -33,19 +33,13 @@ def prepared(
         UserError: the source is wrong, or the cache cannot be written.
     """
     root = folder()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
+    with usable(root):
         content = source if hub.is_dataset(source) else _content(source, root, report)
         key = hashlib.sha256(json.dumps([FORMAT, content, str(tokenizer), field, validation]).encode()).hexdigest()
         kept = root / "text" / key[:32]
-        kept.mkdir(parents=True, exist_ok=True)
-        with _locked(kept / ".lock"):  # another process may be preparing the same
+        with alone(kept):  # another process may be preparing the same
             work = plan([source], tokenizer, field=field, validation=validation, content=key)
             prepare(work, tokenizer, kept, report=report)
-    except OSError as error:
-        raise UserError(
-            f"the cache {root} cannot be used ({error.strerror}): set TRAINKIT_CACHE to a folder"
-        ) from error
     return open_corpus(kept, source.removeprefix("builtin:"))
 
 
@@ -68,6 +62,29 @@ def _content(source: str, root: Path, report: Report | None) -> str:
     if fresh:
         atomic.write(known_file, json.dumps(known | fresh).encode())
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@contextmanager
+def usable(place: Path) -> Iterator[None]:
+    """Make a folder of the cache.
+
+    Raises:
+        UserError: it cannot be made, or what is done inside fails for want of room or rights.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder()} cannot be used ({error.strerror}): set TRAINKIT_CACHE to a folder"
+        ) from error
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """A folder of the cache, made if it is not there, with no other process in it meanwhile."""
+    with usable(place), _locked(place / ".lock"):
+        yield
 
 
 @contextmanager

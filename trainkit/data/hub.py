@@ -16,7 +16,7 @@ def is_dataset(source: str) -> bool:
 
 
 @cache
-def dataset(source: str, field: str) -> Any:
+def dataset(source: str, field: str | None) -> Any:
     """The data set, downloaded once into the library's own cache.
 
     Raises:
@@ -31,7 +31,7 @@ def dataset(source: str, field: str) -> Any:
         loaded = load_dataset(name, split=split or "train")
     except Exception as error:  # whatever a download raises
         raise UserError(f"{source} could not be loaded: {str(error).splitlines()[0]}") from error
-    if field not in loaded.column_names:
+    if field is not None and field not in loaded.column_names:
         raise UserError(f"{source} has no column '{field}'{nearest(field, loaded.column_names)}")
     return loaded
 

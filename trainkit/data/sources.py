@@ -48,7 +48,7 @@ def find(sources: list[str]) -> tuple[list[Path], int]:
         path = _builtin(source)
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
-            known = [p for p in inside if _suffix(p) in TEXT | LINES | TABLES]
+            known = [p for p in inside if kind_of(p) in TEXT | LINES | TABLES]
             skipped += len(inside) - len(known)
             if not known:
                 raise UserError(f"{source} holds no text: looked for *{', *'.join(sorted(TEXT | LINES | TABLES))}")
@@ -66,9 +66,9 @@ def find(sources: list[str]) -> tuple[list[Path], int]:
 def spans(files: list[Path]) -> Iterator[Span]:
     """The files cut into spans, in order."""
     for number, file in enumerate(files):
-        suffix, size = _suffix(file), file.stat().st_size
+        suffix, size = kind_of(file), file.stat().st_size
         if suffix in TABLES:
-            groups = _parquet().ParquetFile(file).num_row_groups
+            groups = parquet().ParquetFile(file).num_row_groups
             each = max(1, size // max(1, groups))
             for g in range(groups):
                 yield Span(str(file), "table", g, g + 1, each, number, g == 0, g == groups - 1)
@@ -101,7 +101,7 @@ def read(span: Span, field: str) -> Iterator[tuple[str, bool]]:
 
 def _lines(span: Span) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that begin inside the span."""
-    with _opened(Path(span.path)) as file:
+    with opened(Path(span.path)) as file:
         compressed = Path(span.path).suffix in COMPRESSED
         offset = 0 if compressed else _seek(file, span.start)
         stop = None if compressed else span.stop
@@ -150,7 +150,8 @@ def _field(line: bytes, field: str, place: str) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read, decompressed."""
     try:
         if path.suffix == ".gz":
             with gzip.open(path, "rb") as file:
@@ -168,7 +169,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _column(span: Span, field: str) -> list[str]:
-    table = _parquet().ParquetFile(span.path)
+    table = parquet().ParquetFile(span.path)
     if field not in table.schema_arrow.names:
         names = ", ".join(table.schema_arrow.names)
         raise UserError(f"{span.path} has no column '{field}' but {names}: name it with data.field=")
@@ -191,7 +192,8 @@ def _builtin(source: str) -> Path:
     return Path(__file__).parent / "corpora" / BUILTIN[name]
 
 
-def _suffix(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """What kind of file it is, compressed or not."""
     return Path(path.stem).suffix.lower() if path.suffix in COMPRESSED else path.suffix.lower()
 
 
@@ -199,7 +201,8 @@ def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def _parquet() -> Any:
+def parquet() -> Any:
+    """The library that reads Parquet."""
     try:
         import pyarrow.parquet
     except ImportError as error:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainkit.config import Count, config, how
+from trainkit.data.learned import END, LEARNED
 from trainkit.errors import UserError
 from trainkit.strict import one_line, parse_json, read_file, reason, refuse_large
 
-END = "<|endoftext|>"
 TIKTOKEN = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}  # with their special tokens
 MAX_BYTES = 96 << 20  # of a tokenizer; the largest in use have half as many
 MAX_NODES = 2_250_000  # values in its JSON; they have two millions
@@ -37,6 +37,15 @@ class Tokenizer:
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Ids of a text."""
         raise NotImplementedError
+
+    def encode_all(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that belong before and behind a text that stands alone, by the tokenizer's own word; none if it has
+        none."""
+        return (), ()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are no UTF-8 become the replacement character, `eos` nothing."""
@@ -75,7 +84,8 @@ class BytesTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library; where it names no end of text, one id is added behind the others."""
+    """A tokenizer.json of the `tokenizers` library; where it names no end of text, one id is added behind the
+    others."""
 
     def __init__(self, text: str, name: str) -> None:
         from tokenizers import Tokenizer as Fast
@@ -101,6 +111,15 @@ class JsonTokenizer(Tokenizer):
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_all(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        found = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.uint32) for one in found]
+
+    def template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        whole = self._fast.encode("a", add_special_tokens=True)
+        inside = [i for i, special in enumerate(whole.special_tokens_mask) if not special]
+        return tuple(whole.ids[: inside[0]]), tuple(whole.ids[inside[-1] + 1 :])
 
     def decode(self, ids: Sequence[int]) -> str:
         decoded: str = self._fast.decode([i for i in ids if i != self.eos], skip_special_tokens=False)
@@ -224,28 +243,32 @@ def _panics_are_errors() -> Iterator[None]:
 
 @config
 class TokenizerConfig:
-    """Which tokenizer reads a text: `bytes`; `bpe`, trained on the text to `vocab` ids; `file`, a tokenizer.json at
-    `path`; or `gpt2`, `cl100k` and `o200k`, which tiktoken fetches once (TIKTOKEN_CACHE_DIR)."""
+    """Which tokenizer reads a text: `bytes`; `bpe`, trained on the text to `vocab` ids; `wordpiece`, likewise, of
+    lower-case words (it reads, and cannot write: spaces and capitals are lost); `file`, a tokenizer.json at `path`; or
+    `gpt2`, `cl100k` and `o200k`, which tiktoken fetches once (TIKTOKEN_CACHE_DIR)."""
 
-    kind: Literal["bytes", "bpe", "file", "gpt2", "cl100k", "o200k"] = "bytes"
+    kind: Literal["bytes", "bpe", "wordpiece", "file", "gpt2", "cl100k", "o200k"] = "bytes"
     vocab: Count = 4096
     path: str | None = how(None)
 
     def __post_init__(self) -> None:
         if self.kind == "file" and self.path is None:
             raise ValueError("data.tokenizer.path is missing: a tokenizer of kind file is read from a tokenizer.json")
-        if self.kind == "bpe" and self.vocab < 257:
+        if self.kind in LEARNED and self.vocab < 257:
             raise ValueError(f"data.tokenizer.vocab={self.vocab} cannot hold the 256 bytes and the end of text")
 
     def size(self) -> int:
         """How many ids it has, without reading any text."""
-        if self.kind == "bpe":
+        if self.kind in LEARNED:
             return self.vocab
         return TIKTOKEN[self.kind] if self.kind in TIKTOKEN else self._ready().vocab
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-        """The tokenizer; `texts` are what a bpe learns from."""
-        return _trained(self.vocab, texts()) if self.kind == "bpe" else self._ready()
+        """The tokenizer; `texts` are what a bpe or a wordpiece learns from."""
+        return self._learned(texts()) if self.kind in LEARNED else self._ready()
+
+    def _learned(self, texts: Iterable[str]) -> Tokenizer:
+        return JsonTokenizer(LEARNED[self.kind](self.vocab, texts), self.kind)
 
     def _ready(self) -> Tokenizer:
         if self.kind == "bytes":
@@ -266,11 +289,3 @@ class TokenizerConfig:
                 f"the tokenizer {self.kind} could not be fetched ({type(error).__name__}): put its file into the folder "
                 f"that TIKTOKEN_CACHE_DIR names, or use data.tokenizer.kind=bpe"
             ) from error
-
-
-def _trained(vocab: int, texts: Iterable[str]) -> Tokenizer:
-    from tokenizers import ByteLevelBPETokenizer
-
-    learner = ByteLevelBPETokenizer()
-    learner.train_from_iterator(texts, vocab_size=vocab, special_tokens=[END], show_progress=False)
-    return JsonTokenizer(learner._tokenizer.to_str(), "bpe")

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}
-
 
 def check(name: str, *, optimizer: Any, precision: Any, parallel: Any, deterministic: str, **_: Any) -> None:
     """Raise ValueError where gradients of that format make no sense."""

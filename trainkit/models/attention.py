@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trainkit.config import Count, config
+from trainkit.models.kernels import Kernel, Mask, attend
 from trainkit.models.layers import Linear
 from trainkit.models.positions import rotate
 
@@ -18,13 +18,16 @@ from trainkit.models.positions import rotate
 @config
 class Attention:
     """`kv_heads` under `heads` shares keys and values between groups of queries; `window` is how many positions back a
-    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet."""
+    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet. Where it is not `causal` a
+    query sees what follows as well, a `window` of it on either side: an encoder's attention (Devlin et al. 2019,
+    arXiv:1810.04805)."""
 
     heads: Count
     kv_heads: Count | None = None
     head_width: Count | None = None
     window: Count | None = None
     qk_norm: bool = False
+    causal: bool = True
 
     def shape(self, width: int) -> tuple[int, int, int]:
         """(H, G, K) in a model of this width.
@@ -62,8 +65,8 @@ class Cache:
 
 
 class AttentionMixer(nn.Module):
-    """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` (B or 1, 1, T, S) bool, true where a query may look; None is causal,
-    and for a single new position everything before it."""
+    """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` is what `attention_mask` gave; None is causal, and for a single
+    new position everything before it; in an encoder it is everything."""
 
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
@@ -72,11 +75,11 @@ class AttentionMixer(nn.Module):
         self.out = Linear(self.heads * self.k, width, bias=bias)
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
-        self.dropout = dropout
+        self.dropout, self.causal = dropout, cfg.causal
+        self.window = cfg.window
+        self.kernel: Kernel = "sdpa"
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
         parts = self.qkv(x).split([self.heads * self.k, self.groups * self.k, self.groups * self.k], dim=-1)
         q, k, v = (p.unflatten(-1, (-1, self.k)).transpose(1, 2) for p in parts)  # (B, H or G, T, K)
         if self.q_norm is not None and self.k_norm is not None:
@@ -85,33 +88,6 @@ class AttentionMixer(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(k, v)
-        shared = self.groups != self.heads
-        if shared and mask is not None:  # with a mask, CUDA's fused kernels want a key head for each query head
-            k, v = (p.repeat_interleave(self.heads // self.groups, 1) for p in (k, v))
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and x.shape[1] > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=shared and mask is None,
-        )
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, self.kernel, window=self.window, dropout=dropout, causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
-
-
-def attention_mask(
-    documents: Tensor | None, queries: int, keys: int, window: int | None, device: torch.device
-) -> Tensor | None:
-    """Who sees whom: (B or 1, 1, queries, keys) bool, or None where plain causal attention or one query says the same.
-
-    The queries are the last of the keys' positions. `documents` (B, T) int: positions of one document see each other.
-    """
-    if documents is None and (window is None or window >= keys) and queries in (1, keys):
-        return None
-    key = torch.arange(keys, device=device)
-    query = key[keys - queries :, None]
-    mask = (key <= query) if window is None else (key <= query) & (key > query - window)
-    if documents is None:
-        return mask[None, None]
-    return (mask & (documents[:, keys - queries :, None] == documents[:, None, :]))[:, None]

@@ -1,4 +1,5 @@
-"""A pre-norm transformer decoder whose parts are chosen by config, from GPT-2's architecture to Llama's.
+"""A pre-norm transformer whose parts are chosen by config, from GPT-2's architecture to Llama's; with
+`attention.causal=false` an encoder.
 
 B rows, T positions, D model width, V vocabulary.
 """
@@ -9,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainkit.config import Count, Fraction, Positive, config
+from trainkit.config import Count, Fraction, Natural, Positive, config
 from trainkit.models.adapters import Adapter
-from trainkit.models.attention import Attention, AttentionMixer, Cache, attention_mask
+from trainkit.models.attention import Attention, AttentionMixer, Cache
+from trainkit.models.kernels import Kernel, Mask, additive, attention_mask
 from trainkit.models.layers import Embedding, Linear
 from trainkit.models.mlp import MLP, MLPBlock
 from trainkit.models.positions import positions_in, rope_tables
@@ -20,16 +22,17 @@ from trainkit.models.positions import positions_in, rope_tables
 @config
 class Decoder:
     """A decoder's shape. `context` is the longest row; `tied` uses the embedding as the head (Press & Wolf 2017,
-    arXiv:1608.05859); `init_std` and the smaller one of residual outputs are GPT-2's (Radford et al. 2019)."""
+    arXiv:1608.05859); `init_std` and the smaller one of residual outputs are GPT-2's (Radford et al. 2019). Of `depth` 0 it is
+    a table of vectors, one a token."""
 
     kind: Literal["decoder"] = "decoder"
     vocab: Count
     width: Count
-    depth: Count
+    depth: Natural
     context: Count
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm: Literal["rmsnorm", "layernorm", "none"] = "rmsnorm"
     norm_eps: Positive = 1e-5
-    position: Literal["rope", "learned"] = "rope"
+    position: Literal["rope", "learned", "none"] = "rope"
     rope_theta: Positive = 10_000.0
     attention: Attention
     mlp: MLP
@@ -52,24 +55,25 @@ class Decoder:
 
     def parameters(self) -> int:
         """How many numbers it has, an adapter aside, by arithmetic: nothing is built."""
-        norm = self.width * (1 + (self.norm == "layernorm" and self.bias))
+        norm = self.width * ((self.norm != "none") + (self.norm == "layernorm" and self.bias))
         block = self.attention.parameters(self.width, self.bias) + self.mlp.parameters(self.width, self.bias) + 2 * norm
         ends = self.vocab * self.width * (1 if self.tied else 2) + norm
         return ends + self.depth * block + (self.context * self.width if self.position == "learned" else 0)
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: int, *, head: bool = True) -> float:
         """Floating-point operations of forward and backward for one token of a row of `length` tokens.
 
-        Two a multiply-add, the backward twice the forward; looking embeddings up costs none, the head counts; of causal
-        attention only the half that is needed counts, and of a sliding window only the window. A frozen matrix has no
+        Two a multiply-add, the backward twice the forward; looking embeddings up costs none, the `head` counts if it is used;
+        of causal attention only the half that is needed counts, and of a sliding window only the window. A frozen matrix has no
         gradient, which is a third less; an adapter's own products are left out.
         """
         heads, groups, k = self.attention.shape(self.width)
         matrices = self.width * k * (2 * heads + 2 * groups) + self.mlp.parameters(self.width, bias=False)
         window = min(self.attention.window or length, length)
         seen = window * (length - (window - 1) / 2) / length  # positions that a query sees, on average
+        seen = seen if self.attention.causal else 2 * seen - 1
         products = 6 if self.adapter is None else 4
-        return self.depth * (products * matrices + 12 * heads * k * seen) + products * self.vocab * self.width
+        return self.depth * (products * matrices + 12 * heads * k * seen) + head * products * self.vocab * self.width
 
 
 class Block(nn.Module):
@@ -83,9 +87,7 @@ class Block(nn.Module):
         self.mlp = MLPBlock(cfg.mlp, cfg.width, cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, rope, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -107,6 +109,14 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = _norm(cfg)
         self.head = None if cfg.tied else Linear(cfg.width, cfg.vocab, bias=False)
+        self.kernel: Kernel = "sdpa"
+
+    def use_attention(self, kernel: Kernel) -> None:
+        """Compute attention with these kernels from now on."""
+        self.kernel = kernel
+        for module in self.modules():
+            if isinstance(module, AttentionMixer):
+                module.kernel = kernel
 
     @property
     def unembed(self) -> Tensor:
@@ -139,17 +149,21 @@ class Backbone(nn.Module):
         rope = None
         if self.position is not None:
             x = x + self.position(positions)
-        else:
+        elif cfg.position == "rope":
             _, _, k = cfg.attention.shape(cfg.width)
             rope = rope_tables(positions, k, cfg.rope_theta, x.dtype)
         x = self.dropout(x)
-        mask = attention_mask(documents, length, seen + length, cfg.attention.window, device)
+        look = cfg.attention
+        mask = attention_mask(documents, length, seen + length, look.window, device, self.kernel, causal=look.causal)
+        mask = additive(mask, x)
         for i, block in enumerate(self.blocks):
             x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)
         return self.norm(x)
 
 
 def _norm(cfg: Decoder) -> nn.Module:
+    if cfg.norm == "none":
+        return nn.Identity()
     if cfg.norm == "rmsnorm":
         return nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
     return nn.LayerNorm(cfg.width, eps=cfg.norm_eps, bias=cfg.bias)

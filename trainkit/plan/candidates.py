@@ -92,16 +92,17 @@ class Candidates:
                 if run := _replaced(own, precision=other):
                     precisions.append(([f"precision={name}"], run))
         yield from precisions
-        for words, run in precisions[:2]:
+        for words, run in precisions:
             if run.clip > 0 and (still := _replaced(run, clip=0.0)):
                 yield [*words, "clip=0"], still
-        words, run = precisions[:2][-1]
-        for name in self._known["model.adapter"] if own.model.adapter is None else []:
+        beside = [precisions[:2][-1], *(one for one in precisions[2:] if one[1].precision.params == "bfloat16")]
+        names = self._known["model.adapter"] if own.model.adapter is None else []
+        for name, (words, run) in product(names, beside):
             start = [] if own.start_from else [f"start_from={START}"]
             adapter = runs.composed([f"model.adapter={name}", f"start_from={START}"], self._config_dir).model.adapter
             model = replace(run.model, adapter=adapter)
-            if beside := _replaced(run, model=model, start_from=own.start_from or START):
-                yield [*words, f"model.adapter={name}", *start], beside
+            if frozen := _replaced(run, model=model, start_from=own.start_from or START):
+                yield [*words, f"model.adapter={name}", *start], frozen
 
     def _made(
         self, run: Run, names: tuple[str, ...], values: dict[str, Any], words: list[str], parallel: str | None

@@ -118,7 +118,7 @@ def plan(
     return Plan(
         setting=setting,
         parameters=run.model.parameters(),
-        flops_per_token=run.model.flops_per_token(run.data.length),
+        flops_per_token=run.model.flops_per_token(run.data.length, head=run.task.head),
         peaks=peaks,
         by_category=by_category,
         needed=card.needed(max(peaks.values()), setting.ranks),

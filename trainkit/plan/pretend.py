@@ -30,6 +30,7 @@ class Rows:
     length: int
     batch: int
     batches: "Batches"
+    gives: str
 
     def build(self, corpus: Any, *, seed: int, ranks: Any, device: torch.device) -> "Batches":
         """The loader."""
@@ -37,11 +38,12 @@ class Rows:
 
 
 class Batches:
-    """A loader whose batches have shapes only. With `documents` rows hold several, which makes masks explicit."""
+    """A loader whose batches have shapes only. With `documents` rows hold several, which makes masks explicit. A row of pairs
+    is two texts as long as they may be."""
 
     def __init__(self, run: Run, device: torch.device, rows: Iterable[int], *, documents: bool) -> None:
         self.batch, self.tokens_per_step = run.data.batch, run.data.batch * run.data.length
-        self._length, self._documents = run.data.length, documents
+        self._length, self._documents, self._pairs = run.data.length, documents, run.data.gives == "pairs"
         self._made = {count: self._of(count, device) for count in rows}
         self.rows = min(self._made)
 
@@ -50,6 +52,10 @@ class Batches:
         return self._made[self.rows]
 
     def _of(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        if self._pairs:
+            of_pairs = {"tokens0": (rows, self._length), "tokens1": (rows, self._length), "ids": (rows,)}
+            of_pairs |= {"lengths": (rows, 2), "texts": (rows, 2)}
+            return {name: torch.empty(shape, dtype=torch.int64, device=device) for name, shape in of_pairs.items()}
         shapes = {"tokens": torch.int64, "labels": torch.int64}
         shapes |= {"documents": torch.int32} if self._documents else {}
         batch = {k: torch.empty(rows, self._length, dtype=dtype, device=device) for k, dtype in shapes.items()}
@@ -57,7 +63,7 @@ class Batches:
 
     def bytes(self, rows: int) -> int:
         """What such a batch takes on the device."""
-        return rows * (self._length * (16 + 4 * self._documents) + 16)
+        return rows * (self._length * (16 + 4 * self._documents) + (40 if self._pairs else 16))
 
 
 def _zeros(tensor: Tensor, real: Any = Tensor.tolist) -> Any:
@@ -79,7 +85,7 @@ def pretending(device: Device, ranks: Ranks) -> Iterator[None]:
 
 def learner(run: Run, ranks: Ranks, batches: Batches) -> Learner:
     """The learner of `run`, not compiled."""
-    rows = Rows(run.data.length, run.data.batch, batches)
+    rows = Rows(run.data.length, run.data.batch, batches, run.data.gives)
     pretended: Any = replace(run, data=rows, compile="off")  # type: ignore[arg-type]  # it only has to build a loader
     return build.learner(pretended, SimpleNamespace(vocab=0), ranks)
 

@@ -13,7 +13,7 @@ from trainkit.plan.planned import Plan
 from trainkit.plan.search import Found
 from trainkit.units import human_bytes, human_count, human_time
 
-SHOWN = 10
+SHOWN = 16
 
 
 def verdict(plan: Plan) -> str:
@@ -40,7 +40,10 @@ def show_found(found: Sequence[Found], cut_short: bool) -> None:
     console = Console(highlight=False, soft_wrap=True)
     fit = [f for f in found if f.plan.fits]
     console.print("what fits, exact ways first, the fastest of them first:" if fit else "nothing fits; the nearest:")
-    for f in (fit or found)[:SHOWN]:
+    shown = list(fit or found)[:SHOWN]
+    if fit and (least := min(fit, key=lambda f: f.plan.host_bytes)) not in shown:
+        shown.append(least)  # a machine's own memory may be what is short
+    for f in shown:
         p = f.plan
         speed = f"{human_count(p.tokens_per_s)} tokens/s" if p.fits else "too large"
         host = f"  {human_bytes(p.host_bytes):>10} of the host" if p.setting.card.cuda else ""
@@ -66,7 +69,7 @@ def assumed(plan: Plan) -> str:
     rows = "rows of several documents" if setting.documents else "rows of one document"
     traced = f"traced on {blocks} blocks" + (" and extrapolated to all" if len(plan.depths) > 1 else "")
     share = f"matrix products at {setting.share:.0%} of the peak"
-    compiled = "not compiled" if plan.compile == "off" else f"compile={plan.compile} planned as eager, which is slower"
+    compiled = "not compiled" if plan.compile == "off" else f"compile={plan.compile} planned as eager"
     if not setting.card.cuda:
         return f"{traced}; {rows}; {compiled}; {share}, which was measured here"
     return f"{traced}; {rows}; {compiled}; {share}; figures for a GPU are not yet measured on one"

@@ -71,9 +71,7 @@ class Search:
         self._end = time.monotonic() + limit_s
         self._candidates = Candidates(overrides, config_dir, setting)
         self._too_large: dict[tuple[object, ...], tuple[float, int]] = {}
-        self._rows: dict[
-            tuple[object, ...], int
-        ] = {}  # that fitted with whatever parameters, gradients and states take
+        self._rows: dict[tuple[object, ...], int] = {}  # that fitted, whatever parameters, gradients and states take
         self.cut_short = False
         self.tried = 0
 
@@ -81,6 +79,9 @@ class Search:
         """What fits, the best first; where nothing does, what needs the least."""
         left = []
         for candidate in self._candidates:
+            if time.monotonic() > self._end:
+                self.cut_short = True
+                break
             run, setting = candidate.run, self._setting
             left.append((most_rows(run, setting), least_bytes(run, setting), least_seconds(run, setting), candidate))
         if any(rows for rows, *_ in left):
@@ -111,15 +112,23 @@ class Search:
         self._tell(" ".join(candidate.overrides))
         run, rows, now = candidate.run, candidate.run.data.batch // self._setting.ranks, time.monotonic()
         alike = _activations(run)
-        of = planner(run, self._setting, sure=False, until=now + SHARE * (self._end - now))
+        planned = planner(run, self._setting, sure=False, until=now + SHARE * (self._end - now))
+        seen: list[Plan] = []
+
+        def of(rows: int) -> Plan:
+            seen.append(planned(rows))
+            return seen[-1]
+
         try:
             if run.memory.step_in_backward is not None:
                 best = of(rows)
             else:
                 best = largest_microbatch(of, rows, min(most, self._rows.get(alike, most)))
-        except OutOfTimeError:
+        except OutOfTimeError:  # what is known by then may do
             self.cut_short = True
-            return None
+            if not (fitted := [plan for plan in seen if plan.fits]):
+                return None
+            best = max(fitted, key=lambda plan: plan.microbatch)
         except UserError:
             return None
         self.tried += 1

@@ -17,6 +17,7 @@ from trainkit.plan.kernels import Device, Work
 from trainkit.plan.live import CATEGORIES, STEP, Live, plain
 from trainkit.plan.stand_ins import standing_in
 from trainkit.run import Run
+from trainkit.tasks import Embedding
 
 Numbers = dict[tuple[str, ...], float]  # what was found, by name. In the depth, each of them is linear
 Seconds = Callable[[list[Work]], float]
@@ -66,8 +67,8 @@ def trace(
         numbers |= {("resident",): sum(live.held.values())}
         batches.rows = rows
         with live.during("evaluation"):
-            it.evaluate([batches.at(0)], stop=lambda: False)
-        if run.evaluation.sample_tokens:
+            _evaluate(run, it, batches.at(0))
+        if run.evaluation.sample_tokens and run.task.writes:
             _sample(it, live, min(run.evaluation.sample_tokens, run.model.context))
         held = _checkpoint(it)
         numbers |= {("saved",): sum(part.nbytes for tensor in held.values() for part in plain(tensor))}
@@ -75,6 +76,16 @@ def trace(
         described = {name: _described(tensor) for name, tensor in held.items()}
     numbers |= _of_memory(live) | {("host",): max(live.host_peaks.values())}
     return numbers | _of_resuming(run, device, ranks, batches, described, until)
+
+
+def _evaluate(run: Run, it: Learner, batch: Mapping[str, Tensor]) -> None:
+    """An evaluation of one batch. What is measured of vectors is of their numbers, which are not there, and on the host."""
+    if isinstance(run.task, Embedding):
+        it.model.eval()
+        run.task.embed(it.model, batch)
+        it.model.train()
+    else:
+        it.evaluate([batch], stop=lambda: False)
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:

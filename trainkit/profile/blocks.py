@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from trainkit.profile.phases import BACKWARD, FORWARD, Part
+from trainkit.profile.phases import BACKWARD, FORWARD, OPTIMIZER, Part
 from trainkit.profile.stream import Event, Kind
 
 PARAMETERS, GRADIENTS, STATES, ACTIVATIONS, TEMPORARY = CATEGORIES = (
@@ -79,7 +79,10 @@ class _Reader:
                     case Kind.MEMORY:
                         self._memory(i, event, part)
                     case Kind.MARK:
-                        self._marked(i, self._marks[int(event.text)])
+                        mark = self._marks[int(event.text)]
+                        self._marked(i, mark)
+                        if part.phase == OPTIMIZER:
+                            self._communicated(i, mark)
                     case Kind.AGAIN | Kind.UPDATE:
                         begun.append(i)
                     case Kind.AGAIN_END | Kind.UPDATE_END:
@@ -106,6 +109,14 @@ class _Reader:
         for pointer in mark.ended & self._before.keys():
             block = self._before.pop(pointer)
             if self._live.get(pointer) is block:
+                block.end = i
+                del self._live[pointer]
+
+    def _communicated(self, i: int, mark: Mark) -> None:
+        """What FSDP gathers and sums has ended before an update. When gloo's thread was the last to hold it, nobody
+        reported that."""
+        for pointer, block in list(self._live.items()):
+            if pointer not in mark.places and _fsdp(block.made_by):
                 block.end = i
                 del self._live[pointer]
 

@@ -4,7 +4,9 @@ It owns the loss and how a global batch becomes gradients, because only it knows
 """
 
 from trainkit.tasks.causal_lm import CausalLM
+from trainkit.tasks.embedding import Embedding
+from trainkit.tasks.mlm import MaskedLM
 
-Task = CausalLM
+Task = CausalLM | Embedding | MaskedLM
 
-__all__ = ["CausalLM", "Task"]
+__all__ = ["CausalLM", "Embedding", "MaskedLM", "Task"]

@@ -20,7 +20,22 @@ class CausalLM:
     """Next-token prediction (Radford et al. 2018)."""
 
     metrics: ClassVar[tuple[str, ...]] = ("val_loss", "val_perplexity", "val_bits_per_byte")
+    takes: ClassVar[str] = "text"  # of what `data` gives
+    head: ClassVar[bool] = True  # whether the backbone's head is used
+    writes: ClassVar[bool] = True  # whether its model can go on from a text
+    own_ids: ClassVar[int] = 0  # of the model's, which no text may have
     kind: Literal["causal_lm"] = "causal_lm"
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError where a model of this config cannot do it."""
+        if not model.attention.causal:
+            raise ValueError(
+                "task=causal_lm guesses what follows, which model.attention.causal=false shows: use task=mlm"
+            )
+
+    def measured(self, data: Any) -> tuple[str, ...]:
+        """The metrics that `data` holds something out for."""
+        return self.metrics
 
     def build(self, backbone: nn.Module) -> nn.Module:
         """The model whose forward this task calls."""

@@ -20,7 +20,7 @@ def training(shim: Path, tmp_path: Path) -> Iterator[Training]:
         yield it
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_one_of_four_ranks_ends_in_a_save(training: Training) -> None:
     how = "checkpoint.asynchronous=false"
     whole = training.train("whole", how)
