@@ -208,35 +208,6 @@ def test_what_drops_out_drops_out_again() -> None:
     assert float(loss) != float(learned(task, model(task), data, 2)[0])
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-def test_padding_is_not_seen(pooling: Any, causal: bool) -> None:
-    task, data = Embedding(pooling=pooling, projection=6), batch()
-    it = model(task, causal=causal)
-    alone = vectors(it, data)
-    for column in range(3):
-        tokens = F.pad(data[f"tokens{column}"], (0, 5), value=7)
-        torch.testing.assert_close(it(tokens, data["lengths"][:, column]), alone[:, column], rtol=1e-11, atol=1e-13)
-    assert alone.shape == (N, 3, 6)
-    torch.testing.assert_close(alone.norm(dim=-1), torch.ones(N, 3, dtype=torch.float64))
-
-
-def test_an_encoder_sees_both_ways_and_a_decoder_does_not() -> None:
-    for causal in (False, True):
-        it = model(Embedding(pooling="cls"), causal=causal)
-        one, two = (it(torch.tensor([[1, 2, last]]), torch.tensor([3])) for last in (3, 4))
-        assert torch.equal(one, two) == causal
-
-
-def test_pooling_takes_what_it_says() -> None:
-    tokens, lengths = torch.tensor([[1, 2, 3, 9]]), torch.tensor([3])
-    it = model(Embedding(pooling="mean"), depth=0, norm="none", position="none")
-    table = it.backbone.embed.weight  # type: ignore[union-attr]
-    for pooling, expected in {"mean": table[1] + table[2] + table[3], "cls": table[1], "last": table[3]}.items():
-        it.pooling = pooling  # type: ignore[assignment]
-        torch.testing.assert_close(it(tokens, lengths)[0], expected / expected.norm(), rtol=1e-12, atol=0)  # type: ignore[operator]
-
-
 def test_a_learned_temperature_begins_where_it_is_told_and_moves() -> None:
     fixed, free = Embedding(temperature=0.1), Embedding(temperature=0.1, learn_temperature=True)
     loss, _ = learned(fixed, model(fixed), batch(), N)

@@ -16,6 +16,8 @@ from tests.test_embedding import IDS, LOSSES
 from trainkit import build, embed, floors, use
 from trainkit import run as runs
 from trainkit.errors import UserError
+from trainkit.plan.cards import Card
+from trainkit.plan.planned import Setting, plan
 from trainkit.trainer import Trainer
 
 SMALL = [
@@ -189,3 +191,25 @@ def test_what_cannot_be_is_refused_before_anything_is_read(overrides: list[str],
     base = [word for word in SMALL if not (others and word.startswith(("data", "model.context")))]
     with pytest.raises(UserError, match=said):
         build.check(runs.composed([*base, *overrides, "name=t"]))
+
+
+def test_an_encoder_goes_on_from_what_it_guessed(trained: Any) -> None:
+    """From masked language modelling to vectors: the backbone is taken, the task's own weights are new."""
+    shape = [word for word in SMALL if word.startswith("model.")]
+    before = trained("task=mlm", *shape, name="guesses").learner.model.state_dict()
+    words = ["data.tokenizer.kind=bytes", "start_from=guesses", "task.projection=6", "task.learn_temperature=true"]
+    run = runs.composed([*SMALL, *words, "evaluation=end", "name=vectors"])
+    with build.trainer(run, Path("runs/vectors")) as trainer:
+        after = trainer.learner.model.state_dict()
+        assert {name for name in after if name not in before} == {"projection.weight", "log_scale"}
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert trainer.fit() == "done"
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "cosent"])
+def test_an_embedding_run_can_be_planned(loss: str) -> None:
+    card = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
+    words = [*SMALL, *SCORED, f"task.loss={loss}", "data.batch=16", "name=t"]
+    few, every = (plan(runs.composed([*words, f"memory.microbatch={n}"]), Setting(card, 1)) for n in ("2", "null"))
+    assert few.peaks["training"] < every.peaks["training"]
+    assert few.parameters == every.parameters

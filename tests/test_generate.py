@@ -9,7 +9,8 @@ from torch import nn
 
 from tests.test_models import KINDS, model
 from trainkit.errors import UserError
-from trainkit.tasks.generate import generate
+from trainkit.sampling import _until
+from trainkit.tasks.generate import generate, together
 
 
 def written(it: nn.Module, prompt: list[int] | None = None, **how: Any) -> list[int]:
@@ -122,3 +123,35 @@ def test_a_compiled_model_writes_without_compiling() -> None:
     it(torch.tensor([[1, 2, 3]]))
     assert graphs
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_prompts_together_are_given_what_each_is_alone(kind: str, temperature: float) -> None:
+    """Also where they have different lengths, end at different times and outgrow the context."""
+    it = model(tied=False, **KINDS[kind])
+    with torch.no_grad():
+        it.backbone.embed.weight.mul_(5)  # type: ignore[operator, union-attr]
+    prompts = [[(7 * i + n) % 40 for i in range(n)] for n in (1, 9, 4)]
+    ends = {written(it, prompts[1], temperature=temperature, seed=6)[5]}
+    how: dict[str, Any] = {"tokens": 18, "context": 32, "temperature": temperature, "stop": ends}
+    rounds = list(together(it, prompts, seeds=[5, 6, 7], **how))
+    found = [[row[i] for row in rounds if row[i] is not None] for i in range(3)]
+    assert found == [written(it, prompt, seed=5 + i, **how) for i, prompt in enumerate(prompts)]
+    assert len(found[1]) <= 5
+    longer = list(together(it, prompts, seeds=[5, 6, 7], tokens=40, context=16, temperature=temperature))
+    assert len(longer) == 40
+
+
+@pytest.mark.parametrize(
+    ("pieces", "ends", "expected"),
+    [
+        (["ab", "cd", "ef"], ["de"], ["ab", "c", ""]),
+        (["a", "STO", "x"], ["STOP"], ["a", "", "STOx", ""]),
+        (["a", "ST", "OPb"], ["STOP", "OP"], ["a", "", ""]),
+        (["x\n", "\ny"], ["\n\n"], ["x", ""]),
+        (["end"], ["nd!"], ["e", "nd"]),
+    ],
+)
+def test_a_text_ends_before_what_ends_it(pieces: list[str], ends: list[str], expected: list[str]) -> None:
+    assert list(_until(iter(pieces), ends)) == expected

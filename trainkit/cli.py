@@ -137,20 +137,51 @@ def evaluate(
 @app.command()
 def generate(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from; a new line by default.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts, one a line, or - for stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: the prompt, or each line of stdin, is answered.")] = False,
+    system: Annotated[str | None, typer.Option(help="What a chat begins with.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest only.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Draw from this much probability.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     quantize: Quantize = None,
     runs: Runs = RUNS,
 ) -> None:
-    """Write text with a checkpoint."""
-    from trainkit import use
+    """Write text with a checkpoint, or with somebody's model: hf:NAME."""
+    from trainkit import say
 
-    use.generate(checkpoint, prompt, tokens, temperature, top_k, top_p, seed, device, quantize, runs)
+    how = {
+        "tokens": tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "until": stop or [],
+    }
+    where = {"prompts": prompts, "talk": chat, "system": system, "rows": rows, "device": device, "quantize": quantize}
+    say.generate(checkpoint, prompt, runs, **where, **how)  # type: ignore[arg-type]  # each by its name
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, as PEFT reads it.")] = False,
+    gguf: Annotated[str | None, typer.Option(help="Also a GGUF file: fp32, fp16, bf16 or q8_0.")] = None,
+    push: Annotated[str | None, typer.Option(help="Put the folder on the Hugging Face hub, as OWNER/NAME.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Where only its owner sees it.")] = False,
+    runs: Runs = RUNS,
+) -> None:
+    """Write a folder that transformers opens: config, safetensors, tokenizer, model card."""
+    from trainkit.export import export as write
+
+    write(checkpoint, out, runs, dtype=dtype, adapter=adapter, gguf=gguf, push=push, private=private)
 
 
 @app.command()

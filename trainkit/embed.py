@@ -22,6 +22,7 @@ from trainkit.data.pair_table import ends
 from trainkit.data.tokenizers import Tokenizer
 from trainkit.errors import UserError
 from trainkit.learner import load_model
+from trainkit.opened import opened
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
 
@@ -34,7 +35,7 @@ def embed(which: str, prompt: str, rows: int, width: int | None, device: str, qu
     """
     if sys.stdout.isatty():
         raise UserError("vectors are no text: write them to a file, trainkit embed CHECKPOINT < lines > vectors.npy")
-    loaded, run = use.opened(which, root)
+    loaded, run = opened(which, root)
     use.refuse_format(quantize, run)
     encoder = Encoder.of(loaded, run, device, quantize)
     lines = [prompt + line.rstrip("\n") for line in sys.stdin]

@@ -25,6 +25,7 @@ from trainkit.errors import RefusedError, UserError, nearest
 from trainkit.evaluation import Evaluation
 from trainkit.exact import MOST_ROWS
 from trainkit.guard import Guard
+from trainkit.hf import resolve
 from trainkit.memory import Memory
 from trainkit.models import Model
 from trainkit.optimizers import Optimizer
@@ -138,8 +139,9 @@ def composed(overrides: list[str], config_dir: Path | None = None) -> Run:
     Raises:
         UserError: an override that is not one, an unknown group choice or key, a wrong type or value.
     """
-    tree = _composed(Overrides(Run, overrides, config_dir).hydra(), config_dir)
-    return _typed(tree)
+    given = Overrides(Run, overrides, config_dir)
+    tree = _composed(given.hydra(), config_dir)
+    return _typed(resolve.resolved(tree, [*given.values(), *given.groups()]))
 
 
 def saved(

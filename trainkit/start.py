@@ -6,7 +6,7 @@ other run may go. Which checkpoint it was is part of what is learned.
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainkit import imports
 from trainkit import run as runs
-from trainkit.checkpoint import BadCheckpoint, find, store
+from trainkit.checkpoint import FOLDER, BadCheckpoint, find, store
 from trainkit.checkpoint.manifest import Manifest
 from trainkit.data import tokenizers
 from trainkit.errors import DamagedError, UserError
+from trainkit.hf import source
 from trainkit.learner import MODEL, Learner
 from trainkit.models.adapters import adapted
 from trainkit.run import Run
 
+BACKBONE = "backbone."  # the rest is a task's own, and the other run's task may be another
 FREE = (
     "model.adapter",
     "model.dropout",
@@ -38,11 +41,14 @@ def identified(run: Run, folder: Path) -> Run:
     Raises:
         UserError: there is no such checkpoint, or not the one that it was.
     """
+    run = with_kept_tokenizer(run, reversed(store.folders(folder / FOLDER)))
     if run.start_from is None:
         return run
     there = runs.read(folder)
     if there is not None and there.start_from == run.start_from and run.start in (None, there.start):
         return replace(run, start=there.start)
+    if source.is_source(run.start_from):
+        return replace(run, start=imports.identified(run))
     path, manifest = _found(run.start_from, folder.parent)
     if run.start not in (None, identity(manifest)):
         raise UserError(
@@ -53,6 +59,17 @@ def identified(run: Run, folder: Path) -> Run:
     return replace(run, start=identity(manifest))
 
 
+def with_kept_tokenizer(run: Run, checkpoints: Iterable[Path]) -> Run:
+    """`run`, whose data is read with the tokenizer that its own checkpoints carry where the file that it came from is gone."""
+    tokenizer = getattr(run.data, "tokenizer", None)
+    if tokenizer is None or tokenizer.path is None or Path(tokenizer.path).exists():
+        return run
+    for checkpoint in checkpoints:
+        if (kept := checkpoint / "tokenizer.json").is_file():
+            return replace(run, data=replace(run.data, tokenizer=replace(tokenizer, path=str(kept))))
+    return run
+
+
 def load(run: Run, learner: Learner, tokenizer: Any, root: Path) -> Path:
     """Give `learner`, which has not begun, the weights that `run` starts from, every byte verified; where they lay. All
     ranks call it, each takes its own slices.
@@ -61,6 +78,8 @@ def load(run: Run, learner: Learner, tokenizer: Any, root: Path) -> Path:
         UserError: there is no such checkpoint any more, or it is of another model or tokenizer.
         DamagedError: it is not good.
     """
+    if source.is_source(run.start_from):
+        return imports.load(run, learner, tokenizer)
     host = learner.ranks.host
     path = Path(host.first_does(lambda: str(_place(run, root))))
     layers = dict(adapted(learner.model))
@@ -71,10 +90,10 @@ def load(run: Run, learner: Learner, tokenizer: Any, root: Path) -> Path:
 
     def places(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
         given = {name.removeprefix(MODEL): facts for name, facts in described.items() if name.startswith(MODEL)}
-        if odd := sorted(wanted ^ given.keys()):
+        if odd := sorted(name for name in wanted ^ given.keys() if name.startswith(BACKBONE)):
             raise UserError(f"start_from={run.start_from} is of another model: one of them lacks {odd[0]}")
         whole = {name: torch.empty(given[name]["shape"], dtype=store.dtype_of(given[name])) for name in quantized}
-        return {MODEL + name: whole[name] if name in quantized else own[name] for name in wanted}
+        return {MODEL + name: whole[name] if name in quantized else own[name] for name in wanted & given.keys()}
 
     try:
         loaded = store.read(path, places, host)

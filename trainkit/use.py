@@ -1,8 +1,6 @@
-"""Using a checkpoint: the verbs `evaluate` and `generate`."""
+"""Using a checkpoint: the verb `evaluate`."""
 
-import itertools
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -11,16 +9,14 @@ import torch
 
 from trainkit import build, embed, hardware
 from trainkit import run as runs
-from trainkit.checkpoint import BadCheckpoint, Loaded, find, load
-from trainkit.data import tokenizers
-from trainkit.errors import DamagedError, UserError, nearest
-from trainkit.launch import policy
+from trainkit import start as starts
+from trainkit.errors import UserError, nearest
 from trainkit.learner import load_model
 from trainkit.models.quantized import Format
 from trainkit.models.quantized import quantize as in_format
+from trainkit.opened import opened, tokenizer_of
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
-from trainkit.sampling import stream
 from trainkit.units import human_bytes
 
 
@@ -31,12 +27,12 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
     if own.task.takes == "pairs":
         embed.report(loaded, own, overrides, quantize=quantize, as_json=as_json)
         return
-    run = runs.saved(own.yaml(), overrides, free=("data",))
+    run = starts.with_kept_tokenizer(runs.saved(own.yaml(), overrides, free=("data",)), [loaded.path])
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
     build.check(run)
     with bytes_bar() as report:
         corpus = run.data.open(report)
-    carried = tokenizers.load(loaded.files.get("tokenizer.json", b""))
+    carried = tokenizer_of(loaded)
     if corpus.tokenizer.identity != carried.identity:
         raise UserError(
             f"the checkpoint was trained with the tokenizer {carried.name} and this data has {corpus.tokenizer.name}: "
@@ -61,60 +57,6 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
             print(f"  {'weights':15} {human_bytes(held['weight_bytes'])}, blocks in {quantize}")
         for name, value in found.items():
             print(f"  {name.removeprefix('val_').replace('_', ' '):15} {value:.4f}")
-
-
-def generate(
-    which: str,
-    prompt: str,
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    device: str,
-    quantize: str | None,
-    root: Path,
-) -> None:
-    """Write the prompt and what the model goes on with to stdout, as it comes."""
-    loaded, run = opened(which, root)
-    refuse_format(quantize, run)
-    if not run.task.writes:
-        raise UserError(f"{run.name} has learned task={run.task.kind}, which writes no text")
-    tokenizer = tokenizers.load(loaded.files.get("tokenizer.json", b""))
-    place = hardware.choose(device)
-    model = run.task.build(run.model.build()).to(place)
-    load_model(model, loaded.tensors)
-    model = run.precision.to_use(place).apply(model, place).eval()
-    quantized(model, quantize)
-    written = stream(
-        model,
-        tokenizer,
-        prompt,
-        tokens=tokens,
-        context=run.model.context,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
-    for text in itertools.chain([prompt], written):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-
-
-def opened(which: str, root: Path) -> tuple[Loaded, Run]:
-    """The checkpoint that `which` names, and the run that it carries."""
-    path = find.resolve(which, root, policy)
-    try:
-        loaded = load(path)
-    except BadCheckpoint as error:
-        raise DamagedError(f"{path} is not good: {error}; `trainkit list-checkpoints` shows which are") from error
-    run = runs.saved(loaded.files.get(runs.FILE, b""))
-    held = sum(t.numel() * (2 if t.dtype == torch.uint8 else 1) for t in loaded.tensors.values())  # 4 bits are in bytes
-    if run.model.parameters() > held:
-        raise UserError(f"{path} is not of the model that its {runs.FILE} describes: it holds fewer parameters")
-    return loaded, run
 
 
 def refuse_format(form: str | None, run: Run) -> None:

@@ -15,6 +15,7 @@ from annotated_types import Interval
 from trainkit.config import Count, Natural, Positive, config, how
 from trainkit.data import hub
 from trainkit.data.cache import prepared
+from trainkit.data.chat import Chat
 from trainkit.data.loader import Loader, rows
 from trainkit.data.pairs import STSB, Pairs, WordNet
 from trainkit.data.prepare import Report
@@ -181,6 +182,6 @@ def _is_prepared(source: Source) -> bool:
     return (Path(source.path) / INDEX).is_file()
 
 
-Data = Text | Shards | Mixture | Pairs | WordNet | STSB
+Data = Text | Shards | Mixture | Chat | Pairs | WordNet | STSB
 
-__all__ = ["STSB", "Data", "Mixture", "Pairs", "Shards", "Source", "Text", "WordNet"]
+__all__ = ["STSB", "Chat", "Data", "Mixture", "Pairs", "Shards", "Source", "Text", "WordNet"]

@@ -35,7 +35,7 @@ def prepared(
     root = folder()
     with usable(root):
         content = source if hub.is_dataset(source) else _content(source, root, report)
-        key = hashlib.sha256(json.dumps([FORMAT, content, str(tokenizer), field, validation]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([FORMAT, content, tokenizer.key(), field, validation]).encode()).hexdigest()
         kept = root / "text" / key[:32]
         with alone(kept):  # another process may be preparing the same
             work = plan([source], tokenizer, field=field, validation=validation, content=key)

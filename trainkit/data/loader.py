@@ -104,10 +104,11 @@ class _Steps(Dataset[dict[str, Tensor]]):
 
 
 class Loader:
-    """`at(step)` is one rank's share of a step's batch, on the device."""
+    """`at(step)` is one rank's share of a step's batch, on the device. `train` and `validation` are `Rows`, or do what
+    these do."""
 
     def __init__(
-        self, train: Rows, validation: Rows, *, batch: int, workers: int, ranks: Any, device: torch.device
+        self, train: Any, validation: Any, *, batch: int, workers: int, ranks: Any, device: torch.device
     ) -> None:
         if batch % ranks.size:
             near = [n for n in (batch // ranks.size * ranks.size, -(-batch // ranks.size) * ranks.size) if n]

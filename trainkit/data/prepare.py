@@ -64,7 +64,7 @@ def plan(
         if hub.is_dataset(source):
             found, fingerprint = hub.rows(source, field, len(facts))
             every_span, facts = every_span + found, [*facts, (source, fingerprint)]
-    what = [FORMAT, content or facts, str(tokenizer), field, validation]
+    what = [FORMAT, content or facts, tokenizer.key(), field, validation]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     every = round(1 / validation) if validation > 0 else 0
     return Plan(_pieces(every_span), key, skipped, field, every, validation)

@@ -91,15 +91,15 @@ def read(span: Span, field: str) -> Iterator[tuple[str, bool]]:
     elif span.kind == "rows":
         yield from ((str(row[field]), True) for row in _rows(span, field))
     elif span.kind == "lines":
-        for offset, line in _lines(span):
+        for offset, line in lines(span):
             if line.strip():
                 yield _field(line, field, f"{span.path} at byte {offset}"), True
     else:
-        chunk = b"".join(line for _, line in _lines(span))
+        chunk = b"".join(line for _, line in lines(span))
         yield _decoded(chunk, span.path, _first_byte(span)), span.last
 
 
-def _lines(span: Span) -> Iterator[tuple[int, bytes]]:
+def lines(span: Span) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that begin inside the span."""
     with opened(Path(span.path)) as file:
         compressed = Path(span.path).suffix in COMPRESSED

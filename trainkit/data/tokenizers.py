@@ -6,9 +6,7 @@ A tokenizer can be written into a checkpoint (`save`) and read from it (`load`):
 import base64
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +15,9 @@ from numpy.typing import NDArray
 
 from trainkit.config import Count, config, how
 from trainkit.data.learned import END, LEARNED
+from trainkit.data.panics import panics_are_errors
 from trainkit.errors import UserError
-from trainkit.strict import one_line, parse_json, read_file, reason, refuse_large
+from trainkit.strict import one_line, parse_json, refuse_large
 
 TIKTOKEN = {"gpt2": 50257, "cl100k": 100277, "o200k": 200019}  # with their special tokens
 MAX_BYTES = 96 << 20  # of a tokenizer; the largest in use have half as many
@@ -84,33 +83,49 @@ class BytesTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library; where it names no end of text, one id is added behind the
-    others."""
+    """A tokenizer.json of the `tokenizers` library; where it names no end of text, one id is added behind the others.
+    `words` is what a model's folder says beside it: its `eos`, `bos`, `pad` and `unk` token, and its chat `template`."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, name: str, words: Mapping[str, str] | None = None) -> None:
         from tokenizers import Tokenizer as Fast
 
         try:
             refuse_large(text, max_nodes=MAX_NODES)  # what the library makes of each takes memory
-            with _panics_are_errors():
+            with panics_are_errors():
                 self._fast = Fast.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(one_line(f"{name} is not a tokenizer.json: {error}")) from error
         self._fast.encode_special_tokens = True
         self._fast.no_padding()
         self._fast.no_truncation()
-        self.name, self._text = name, text
+        self.name, self.text, self.words = name, text, dict(words or {})
         ids = self._fast.get_vocab(with_added_tokens=True).values() if self._fast.get_vocab_size() <= MAX_VOCAB else ()
         size = max(ids, default=MAX_VOCAB) + 1
         if size > MAX_VOCAB:
             raise UserError(one_line(f"{name} has no ids, or some beyond {MAX_VOCAB}"))
-        named = [self._fast.token_to_id(t) for t in (END, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")]
+        said = [self.words["eos"]] if "eos" in self.words else []
+        named = [self._fast.token_to_id(t) for t in (*said, END, "</s>", "<eos>", "<|end_of_text|>", "[SEP]")]
         known = [i for i in named if i is not None]
         self.eos = known[0] if known else size
         self.vocab = max(size, self.eos + 1)
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def id_of(self, token: str) -> int | None:
+        """A token's id; None where there is none."""
+        found: int | None = self._fast.token_to_id(token)
+        return found
+
+    def encode_marked(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text whose special tokens are what they look like, as a chat template writes them, and the character at
+        which each begins."""
+        self._fast.encode_special_tokens = False
+        try:
+            encoded = self._fast.encode(text, add_special_tokens=False)
+            return encoded.ids, [begin for begin, _ in encoded.offsets]
+        finally:
+            self._fast.encode_special_tokens = True
 
     def encode_all(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         found = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -126,7 +141,7 @@ class JsonTokenizer(Tokenizer):
         return decoded
 
     def token_bytes(self) -> NDArray[np.int32]:
-        model = json.loads(self._text)  # neither large nor deep, and the library has read it: see __init__
+        model = json.loads(self.text)  # neither large nor deep, and the library has read it: see __init__
         specials = {t["id"] for t in model.get("added_tokens", []) if t.get("special")} | {self.eos}
         byte_level = "ByteLevel" in json.dumps(model.get("decoder") or {})  # one character a byte
         sizes = np.zeros(self.vocab, dtype=np.int32)
@@ -136,7 +151,8 @@ class JsonTokenizer(Tokenizer):
         return sizes
 
     def save(self) -> bytes:
-        return json.dumps({"kind": "json", "name": self.name, "tokenizer": self._text}).encode()
+        saved = {"kind": "json", "name": self.name, "tokenizer": self.text}
+        return json.dumps(saved | ({"words": self.words} if self.words else {})).encode()
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -145,6 +161,9 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, name: str, encoding: Any) -> None:
         self.name, self._encoding = name, encoding
         self.eos, self.vocab = encoding.eot_token, encoding.n_vocab
+        self.ranks: dict[bytes, int] = encoding._mergeable_ranks
+        self.specials: dict[str, int] = encoding._special_tokens
+        self.pattern: str = encoding._pat_str
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
@@ -155,20 +174,20 @@ class TiktokenTokenizer(Tokenizer):
 
     def token_bytes(self) -> NDArray[np.int32]:
         sizes = np.zeros(self.vocab, dtype=np.int32)
-        for token, i in self._encoding._mergeable_ranks.items():
+        for token, i in self.ranks.items():
             sizes[i] = len(token)
         return sizes
 
     def save(self) -> bytes:
-        ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda pair: pair[1])
+        ranks = sorted(self.ranks.items(), key=lambda pair: pair[1])
         lines = [base64.b64encode(token).decode() for token, _ in ranks]
         saved = {
             "kind": "tiktoken",
             "name": self.name,
-            "pattern": self._encoding._pat_str,
+            "pattern": self.pattern,
             "ranks": " ".join(lines),
             "ids": [rank for _, rank in ranks] if any(r != i for i, (_, r) in enumerate(ranks)) else None,
-            "special": self._encoding._special_tokens,
+            "special": self.specials,
         }
         return json.dumps(saved).encode()
 
@@ -186,8 +205,10 @@ def load(saved: bytes) -> Tokenizer:
             case "bytes":
                 return BytesTokenizer()
             case "json":
-                if isinstance(value["tokenizer"], str) and isinstance(value["name"], str):
-                    return JsonTokenizer(value["tokenizer"], value["name"])
+                words = value.get("words", {})
+                texts = [value["tokenizer"], value["name"], *words, *words.values()]
+                if all(isinstance(text, str) for text in texts):
+                    return JsonTokenizer(value["tokenizer"], value["name"], words)
             case "tiktoken":
                 return _tiktoken(value)
     except UserError:
@@ -218,42 +239,26 @@ def _tiktoken(value: dict[str, Any]) -> TiktokenTokenizer:
         raise ValueError(f"an id is none below {MAX_VOCAB}")
     if len(ranked) < len(tokens) or len(set(every)) < len(every):
         raise ValueError("a token or an id stands twice")
-    with _panics_are_errors():
+    with panics_are_errors():
         encoding = Encoding(name, pat_str=value["pattern"], mergeable_ranks=ranked, special_tokens=special)
     return TiktokenTokenizer(name, encoding)
-
-
-@contextmanager
-def _panics_are_errors() -> Iterator[None]:
-    """A library in Rust that panics raises what is no `Exception`, after it wrote a page to stderr: here a ValueError,
-    and no page."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"its library gave up: {error}") from None
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 @config
 class TokenizerConfig:
     """Which tokenizer reads a text: `bytes`; `bpe`, trained on the text to `vocab` ids; `wordpiece`, likewise, of
-    lower-case words (it reads, and cannot write: spaces and capitals are lost); `file`, a tokenizer.json at `path`; or
-    `gpt2`, `cl100k` and `o200k`, which tiktoken fetches once (TIKTOKEN_CACHE_DIR)."""
+    lower-case words (it reads, and cannot write: spaces and capitals are lost); `file`, a tokenizer.json at `path`; `hf`,
+    that of a model's folder, with its chat template; or `gpt2`, `cl100k` and `o200k`, which tiktoken fetches once
+    (TIKTOKEN_CACHE_DIR)."""
 
-    kind: Literal["bytes", "bpe", "wordpiece", "file", "gpt2", "cl100k", "o200k"] = "bytes"
+    kind: Literal["bytes", "bpe", "wordpiece", "file", "hf", "gpt2", "cl100k", "o200k"] = "bytes"
     vocab: Count = 4096
     path: str | None = how(None)
 
     def __post_init__(self) -> None:
-        if self.kind == "file" and self.path is None:
-            raise ValueError("data.tokenizer.path is missing: a tokenizer of kind file is read from a tokenizer.json")
+        if self.kind in ("file", "hf") and self.path is None:
+            where = "a tokenizer.json" if self.kind == "file" else "a model's folder"
+            raise ValueError(f"data.tokenizer.path is missing: a tokenizer of kind {self.kind} is read from {where}")
         if self.kind in LEARNED and self.vocab < 257:
             raise ValueError(f"data.tokenizer.vocab={self.vocab} cannot hold the 256 bytes and the end of text")
 
@@ -262,6 +267,10 @@ class TokenizerConfig:
         if self.kind in LEARNED:
             return self.vocab
         return TIKTOKEN[self.kind] if self.kind in TIKTOKEN else self._ready().vocab
+
+    def key(self) -> str:
+        """What tells its ids from any other's, wherever a file of it lies."""
+        return f"{self.kind} {self._ready().identity['sha256']}" if self.kind in ("file", "hf") else str(self)
 
     def build(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """The tokenizer; `texts` are what a bpe or a wordpiece learns from."""
@@ -273,13 +282,11 @@ class TokenizerConfig:
     def _ready(self) -> Tokenizer:
         if self.kind == "bytes":
             return BytesTokenizer()
-        if self.kind == "file":
+        if self.kind in ("file", "hf"):
+            from trainkit.data.pretrained import tokenizer_at
+
             assert self.path is not None
-            try:
-                text = read_file(Path(self.path), MAX_BYTES).decode()
-            except (OSError, ValueError) as error:
-                raise UserError(f"data.tokenizer.path={self.path} cannot be read: {reason(error)}") from error
-            return JsonTokenizer(text, Path(self.path).name)
+            return tokenizer_at(Path(self.path))
         import tiktoken
 
         try:

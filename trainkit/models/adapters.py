@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainkit.config import Count, Fraction, Positive, config
-from trainkit.models.quantized import Format, FrozenLinear, decode, encode, linears
+from trainkit.errors import UserError
+from trainkit.models.quantized import Format, FrozenLinear, decode, encode
 
 
 @config
@@ -38,10 +39,19 @@ class Adapter:
         """`backbone`, in place: frozen, with an adapter beside every target. Their first factors are drawn from torch's
         global generator."""
         backbone.requires_grad_(False)
+        found = 0
         for block in backbone.blocks:  # type: ignore[union-attr]  # a ModuleList
-            for part in ("attention", "mlp") if self.targets == "all" else (self.targets,):
-                for parent, name, linear in linears(getattr(block, part)):
-                    setattr(parent, name, AdaptedLinear(linear, self))
+            layers = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+            for name, linear in layers:
+                part = "attention" if "attention" in name or "attn" in name else "mlp"
+                if self.targets in ("all", part):
+                    parent, _, own = name.rpartition(".")
+                    setattr(block.get_submodule(parent), own, AdaptedLinear(linear, self))
+                    found += 1
+        if not found:
+            raise UserError(
+                f"this model's blocks have no linear layers in which model.adapter.targets={self.targets} could be"
+            )
         return backbone
 
     def trained(self, into: int, out: int) -> int:
@@ -97,10 +107,10 @@ class AdaptedLinear(FrozenLinear):
             tensors = encode(weight.to(self.held[0].device), self.form, self.doubly)
             tensors = {name: tensor.to(getattr(self, name).dtype) for name, tensor in tensors.items()}
             for name, tensor in tensors.items():
-                _fill(getattr(self, name), tensor)
+                fill(getattr(self, name), tensor)
             lengths = _lengths(decode(list(tensors.values()), self.pairs, self.shape, self.lora_b.dtype))
         if self.magnitude is not None:
-            _fill(self.magnitude, lengths)
+            fill(self.magnitude, lengths)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -121,7 +131,7 @@ def _lengths(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
-def _fill(place: Tensor, whole: Tensor) -> None:
+def fill(place: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into one of which this rank may hold a slice."""
     if hasattr(place, "placements") and not hasattr(whole, "placements"):
         from torch.distributed.tensor import distribute_tensor

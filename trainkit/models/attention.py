@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainkit.config import Count, config
+from trainkit.config import Count, Natural, config
 from trainkit.models.kernels import Kernel, Mask, attend
 from trainkit.models.layers import Linear
 from trainkit.models.positions import rotate
@@ -18,15 +18,18 @@ from trainkit.models.positions import rotate
 @config
 class Attention:
     """`kv_heads` under `heads` shares keys and values between groups of queries; `window` is how many positions back a
-    query sees, itself included; `qk_norm` normalises queries and keys a head before they meet. Where it is not `causal` a
-    query sees what follows as well, a `window` of it on either side: an encoder's attention (Devlin et al. 2019,
-    arXiv:1810.04805)."""
+    query sees, itself included, but in `full_layers` (numbers from 0), which see all; `qk_norm` normalises queries and keys a
+    head before they meet; `qkv_bias` says whether these have a bias where the rest of the model says otherwise. Where it is
+    not `causal` a query sees what follows as well, a `window` of it on either side: an encoder's attention (Devlin et al.
+    2019, arXiv:1810.04805)."""
 
     heads: Count
     kv_heads: Count | None = None
     head_width: Count | None = None
     window: Count | None = None
     qk_norm: bool = False
+    full_layers: tuple[Natural, ...] = ()
+    qkv_bias: bool | None = None
     causal: bool = True
 
     def shape(self, width: int) -> tuple[int, int, int]:
@@ -46,7 +49,12 @@ class Attention:
         """How many numbers one layer of it learns."""
         heads, groups, k = self.shape(width)
         into, out = (heads + 2 * groups) * k, heads * k
-        return width * into + out * width + bias * (into + width) + 2 * k * self.qk_norm
+        of_qkv = bias if self.qkv_bias is None else self.qkv_bias
+        return width * into + out * width + of_qkv * into + bias * width + 2 * k * self.qk_norm
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions back a query of this layer sees; None where it sees all."""
+        return None if layer in self.full_layers else self.window
 
 
 @dataclass
@@ -71,7 +79,8 @@ class AttentionMixer(nn.Module):
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
         self.heads, self.groups, self.k = cfg.shape(width)
-        self.qkv = Linear(width, (self.heads + 2 * self.groups) * self.k, bias=bias)
+        of_qkv = bias if cfg.qkv_bias is None else cfg.qkv_bias
+        self.qkv = Linear(width, (self.heads + 2 * self.groups) * self.k, bias=of_qkv)
         self.out = Linear(self.heads * self.k, width, bias=bias)
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None

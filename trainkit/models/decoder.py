@@ -16,7 +16,7 @@ from trainkit.models.attention import Attention, AttentionMixer, Cache
 from trainkit.models.kernels import Kernel, Mask, additive, attention_mask
 from trainkit.models.layers import Embedding, Linear
 from trainkit.models.mlp import MLP, MLPBlock
-from trainkit.models.positions import positions_in, rope_tables
+from trainkit.models.positions import RopeScaling, positions_in, rope_tables
 
 
 @config
@@ -34,6 +34,7 @@ class Decoder:
     norm_eps: Positive = 1e-5
     position: Literal["rope", "learned", "none"] = "rope"
     rope_theta: Positive = 10_000.0
+    rope_scaling: RopeScaling | None = None
     attention: Attention
     mlp: MLP
     tied: bool = True
@@ -69,20 +70,21 @@ class Decoder:
         """
         heads, groups, k = self.attention.shape(self.width)
         matrices = self.width * k * (2 * heads + 2 * groups) + self.mlp.parameters(self.width, bias=False)
-        window = min(self.attention.window or length, length)
-        seen = window * (length - (window - 1) / 2) / length  # positions that a query sees, on average
-        seen = seen if self.attention.causal else 2 * seen - 1
+        windows = [min(self.attention.window_of(layer) or length, length) for layer in range(self.depth)]
+        averages = [w * (length - (w - 1) / 2) / length for w in windows]  # positions that a query of each layer sees
+        seen = sum(averages if self.attention.causal else [2 * each - 1 for each in averages])
         products = 6 if self.adapter is None else 4
-        return self.depth * (products * matrices + 12 * heads * k * seen) + head * products * self.vocab * self.width
+        return self.depth * products * matrices + 12 * heads * k * seen + head * products * self.vocab * self.width
 
 
 class Block(nn.Module):
     """`forward(x_BTD, mask, rope) -> x_BTD`: attention and MLP, each normalised before and added after."""
 
-    def __init__(self, cfg: Decoder) -> None:
+    def __init__(self, cfg: Decoder, layer: int) -> None:
         super().__init__()
         self.attention_norm = _norm(cfg)
         self.attention = AttentionMixer(cfg.attention, cfg.width, cfg.bias, cfg.dropout, cfg.norm_eps)
+        self.attention.window = cfg.attention.window_of(layer)
         self.mlp_norm = _norm(cfg)
         self.mlp = MLPBlock(cfg.mlp, cfg.width, cfg.bias)
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
@@ -106,7 +108,7 @@ class Backbone(nn.Module):
         self.embed = Embedding(cfg.vocab, cfg.width)
         self.position = Embedding(cfg.context, cfg.width) if cfg.position == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = _norm(cfg)
         self.head = None if cfg.tied else Linear(cfg.width, cfg.vocab, bias=False)
         self.kernel: Kernel = "sdpa"
@@ -141,22 +143,26 @@ class Backbone(nn.Module):
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, caches: Sequence[Cache] | None = None, seen: int = 0
     ) -> Tensor:
-        """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them."""
+        """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them. `documents` are
+        of both then."""
         cfg, length, device = self.cfg, tokens.shape[1], tokens.device
         whole = torch.arange(seen, seen + length, device=device)
-        positions = whole if documents is None else positions_in(documents)
+        positions = whole if documents is None else positions_in(documents)[:, seen:]
         x = self.embed(tokens)
         rope = None
         if self.position is not None:
             x = x + self.position(positions)
         elif cfg.position == "rope":
             _, _, k = cfg.attention.shape(cfg.width)
-            rope = rope_tables(positions, k, cfg.rope_theta, x.dtype)
+            rope = rope_tables(positions, k, cfg.rope_theta, x.dtype, cfg.rope_scaling)
         x = self.dropout(x)
-        look = cfg.attention
-        mask = attention_mask(documents, length, seen + length, look.window, device, self.kernel, causal=look.causal)
-        mask = additive(mask, x)
+        look, windows = cfg.attention, [cfg.attention.window_of(layer) for layer in range(cfg.depth)]
+        masks = {}
+        for window in set(windows):
+            mask = attention_mask(documents, length, seen + length, window, device, self.kernel, causal=look.causal)
+            masks[window] = additive(mask, x)
         for i, block in enumerate(self.blocks):
+            mask = masks[windows[i]]
             x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)
         return self.norm(x)
 

@@ -54,7 +54,7 @@ class OutOfTimeError(RuntimeError):
 
 class Live(TorchDispatchMode):
     """Follows what `device` holds; all else is host memory. `peaks` and `host_peaks` are by place, `done` is the work. It
-    raises OutOfTimeError when `time.monotonic()` is at `until`."""
+    raises OutOfTimeError soon after `time.monotonic()` is at `until`."""
 
     def __init__(self, device: Device, until: float | None = None) -> None:
         super().__init__()
@@ -76,8 +76,6 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
             return NotImplemented  # it is made of plain tensors, whose ops come here in turn
-        if self.until is not None and time.monotonic() > self.until:
-            raise OutOfTimeError
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -125,7 +123,13 @@ class Live(TorchDispatchMode):
 
     def forget(self) -> None:
         """Begin to count work anew."""
+        self.in_time()
         self.done, self.forwards = [], 0
+
+    def in_time(self) -> None:
+        """Raise OutOfTimeError when it is too late. Not in a backward: C++ that may not throw would end the process."""
+        if self.until is not None and time.monotonic() > self.until and torch._C._current_graph_task_id() == -1:
+            raise OutOfTimeError
 
     def __enter__(self) -> "Live":
         """Storages that are resized (FSDP does) change what is held, too."""
@@ -151,6 +155,7 @@ class Live(TorchDispatchMode):
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """What happens inside is that phase."""
+        self.in_time()
         self.phase = phase
         self._look(0)
         yield
@@ -170,6 +175,7 @@ class Live(TorchDispatchMode):
         parameters = [p for p in model.parameters() if p.requires_grad]
 
         def name_gradients(*_: Any) -> None:
+            self.in_time()
             self.label([p.grad for p in parameters if p.grad is not None], "gradients")
 
         def name_state(*_: Any) -> None:
@@ -197,6 +203,7 @@ class Live(TorchDispatchMode):
 
     def _entering(self, part: str, number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
+            self.in_time()
             self.part = part
             if number == 0 and isinstance(args[0], Tensor) and args[0].requires_grad:
                 args[0].register_hook(lambda grad: self._at("before"))

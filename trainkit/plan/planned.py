@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from trainkit.errors import UserError
+from trainkit.models import Foreign
 from trainkit.plan.cards import EFFICIENCY, Card
 from trainkit.plan.depth import of_depth
 from trainkit.plan.live import CATEGORIES, STEP, OutOfTimeError
@@ -97,7 +98,7 @@ def plan(
     card = setting.card
     seconds = partial(card.seconds, efficiency=setting.share, tf32=run.precision.tf32)
     tracing = partial(trace, run, card.device(setting.ranks), seconds, documents=setting.documents, until=until)
-    depth = run.model.depth
+    depth, whole = run.model.depth, whole or isinstance(run.model, Foreign)  # of which nothing can be left out
     try:
         if whole:
             numbers, depths = tracing(), [depth]

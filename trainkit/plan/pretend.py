@@ -21,6 +21,7 @@ from trainkit.learner import Learner
 from trainkit.parallel import Ranks
 from trainkit.plan.kernels import Device
 from trainkit.run import Run
+from trainkit.tasks import Embedding
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Rows:
 
 class Batches:
     """A loader whose batches have shapes only. With `documents` rows hold several, which makes masks explicit. A row of pairs
-    is two texts as long as they may be."""
+    is two texts, or three where a loss needs them, as long as they may be."""
 
     def __init__(self, run: Run, device: torch.device, rows: Iterable[int], *, documents: bool) -> None:
         self.batch, self.tokens_per_step = run.data.batch, run.data.batch * run.data.length
-        self._length, self._documents, self._pairs = run.data.length, documents, run.data.gives == "pairs"
+        self._length, self._documents = run.data.length, documents
+        self._task, self._width = run.task, run.model.width
         self._made = {count: self._of(count, device) for count in rows}
         self.rows = min(self._made)
 
@@ -52,18 +54,24 @@ class Batches:
         return self._made[self.rows]
 
     def _of(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        if self._pairs:
-            of_pairs = {"tokens0": (rows, self._length), "tokens1": (rows, self._length), "ids": (rows,)}
-            of_pairs |= {"lengths": (rows, 2), "texts": (rows, 2)}
-            return {name: torch.empty(shape, dtype=torch.int64, device=device) for name, shape in of_pairs.items()}
+        if isinstance(self._task, Embedding):
+            return self._of_pairs(self._task, rows, device)
         shapes = {"tokens": torch.int64, "labels": torch.int64}
         shapes |= {"documents": torch.int32} if self._documents else {}
         batch = {k: torch.empty(rows, self._length, dtype=dtype, device=device) for k, dtype in shapes.items()}
         return batch | {name: torch.empty(rows, dtype=torch.int64, device=device) for name in ("ids", "bytes")}
 
+    def _of_pairs(self, task: Embedding, rows: int, device: torch.device) -> dict[str, Tensor]:
+        texts = 3 if task.loss == "triplet" else 2
+        shapes: dict[str, tuple[int, ...]] = {f"tokens{column}": (rows, self._length) for column in range(texts)}
+        shapes |= {"lengths": (rows, texts), "texts": (rows, texts), "ids": (rows,)}
+        batch = {name: torch.empty(shape, dtype=torch.int64, device=device) for name, shape in shapes.items()}
+        more = {"scores": (rows,), "teacher": (rows, texts, task.projection or self._width)}
+        return batch | {name: torch.empty(shape, device=device) for name, shape in more.items()}
+
     def bytes(self, rows: int) -> int:
         """What such a batch takes on the device."""
-        return rows * (self._length * (16 + 4 * self._documents) + (40 if self._pairs else 16))
+        return sum(tensor.nbytes for tensor in self._made[rows].values())
 
 
 def _zeros(tensor: Tensor, real: Any = Tensor.tolist) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainkit.checkpoint.tensors import dtype_name
 from trainkit.learner import MODEL, OPTIMIZER, Learner
+from trainkit.models import Decoder
 from trainkit.models.attention import Cache
 from trainkit.optimizers.state import load_named_state, named_state
 from trainkit.parallel import Ranks
@@ -45,6 +46,7 @@ def trace(
         `("parameters",)`.
     """
     if depth is not None:
+        assert isinstance(run.model, Decoder)  # another's is traced whole
         run = replace(run, model=replace(run.model, depth=depth))
     stream = run.memory.stream is not None
     kind = "fsdp" if stream else run.parallel.kind

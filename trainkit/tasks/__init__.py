@@ -6,7 +6,8 @@ It owns the loss and how a global batch becomes gradients, because only it knows
 from trainkit.tasks.causal_lm import CausalLM
 from trainkit.tasks.embedding import Embedding
 from trainkit.tasks.mlm import MaskedLM
+from trainkit.tasks.sft import SFT
 
-Task = CausalLM | Embedding | MaskedLM
+Task = CausalLM | SFT | Embedding | MaskedLM
 
-__all__ = ["CausalLM", "Embedding", "MaskedLM", "Task"]
+__all__ = ["SFT", "CausalLM", "Embedding", "MaskedLM", "Task"]

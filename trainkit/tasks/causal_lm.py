@@ -15,22 +15,21 @@ from trainkit.config import config
 from trainkit.tasks.loss import IGNORED, summed_loss
 
 
-@config
-class CausalLM:
-    """Next-token prediction (Radford et al. 2018)."""
+class NextToken:
+    """What every task does whose loss is a sum over tokens that were to be predicted."""
 
     metrics: ClassVar[tuple[str, ...]] = ("val_loss", "val_perplexity", "val_bits_per_byte")
     takes: ClassVar[str] = "text"  # of what `data` gives
     head: ClassVar[bool] = True  # whether the backbone's head is used
     writes: ClassVar[bool] = True  # whether its model can go on from a text
     own_ids: ClassVar[int] = 0  # of the model's, which no text may have
-    kind: Literal["causal_lm"] = "causal_lm"
+    kind: str
 
     def check(self, model: Any) -> None:
         """Raise ValueError where a model of this config cannot do it."""
         if not model.attention.causal:
             raise ValueError(
-                "task=causal_lm guesses what follows, which model.attention.causal=false shows: use task=mlm"
+                f"task={self.kind} guesses what follows, which model.attention.causal=false shows: use task=mlm"
             )
 
     def measured(self, data: Any) -> tuple[str, ...]:
@@ -108,6 +107,13 @@ class CausalLM:
             "val_perplexity": math.exp(min(loss_per_token, 700)),
             "val_bits_per_byte": nats / math.log(2) / size if size else math.nan,
         }
+
+
+@config
+class CausalLM(NextToken):
+    """Next-token prediction (Radford et al. 2018)."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
 
 
 class LanguageModel(nn.Module):

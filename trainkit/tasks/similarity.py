@@ -101,7 +101,7 @@ def _ranking(similar: Tensor, relevant: Tensor) -> dict[str, float]:
     top = hits[:, :10]
     best = torch.stack([discounts[: min(10, int(n))].sum() for n in counts])
     ndcg = (top * discounts[: top.shape[1]]).sum(1) / best
-    reciprocal = 1 / (hits.argmax(1) + 1)
+    reciprocal = 1 / (hits.argmax(1) + 1).double()
     recall = {f"recall{k}": hits[:, :k].sum(1) / counts.clamp(max=k) for k in (1, 10)}
     every = {"ndcg10": ndcg, "mrr": reciprocal, **recall}
     return {name: float(value.sum()) for name, value in every.items()}
