@@ -148,7 +148,7 @@ def test_no_plan_is_below_the_bound(how: str) -> None:
     setting = Setting(H100)
     run = runs.composed([*shape, f"memory={how}"])
     found = planning.plan(run, setting)
-    rows = 4 * bounds._row_bytes(run)
+    rows = 4 * bounds.row_bytes(run)
     assert bounds.least_bytes(run, setting) <= found.peaks["training"]
     assert rows <= found.peaks["training"]
     assert bounds.least_seconds(run, setting) <= found.step_s

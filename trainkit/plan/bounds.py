@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import torch
 
 from trainkit.memory import Memory
+from trainkit.models import Decoder, Foreign
 from trainkit.models.mlp import GATED
 from trainkit.plan.cards import HOST_MEMORY
 from trainkit.plan.planned import Setting
@@ -23,7 +24,9 @@ _BASE_BITS = {"int8": 8, "int4": 4, "nf4": 4}
 def least_bytes(run: Run, setting: Setting) -> float:
     """What the allocator of one rank's device will at least have handed out at the end of a backward."""
     memory = run.memory
-    if any(getattr(memory, f.name) != f.default for f in fields(memory) if f.name not in _KNOWN):
+    if isinstance(run.model, Foreign) or any(
+        getattr(memory, f.name) != f.default for f in fields(memory) if f.name not in _KNOWN
+    ):
         return 0.0
     of_blocks, outside = _parameters(run)
     wide = getattr(torch, run.precision.params).itemsize
@@ -40,7 +43,7 @@ def least_bytes(run: Run, setting: Setting) -> float:
 
 def most_rows(run: Run, setting: Setting) -> int:
     """The most rows at once, of all of a rank's or a power of two, with which the run may fit; 0 where not even one may."""
-    least, each, card = least_bytes(run, setting), _row_bytes(run), setting.card
+    least, each, card = least_bytes(run, setting), row_bytes(run), setting.card
     rows = run.data.batch // setting.ranks
     sizes = [rows] if run.memory.step_in_backward else sizes_of(rows)
     return max((n for n in sizes if card.needed(int(least + n * each), setting.ranks) <= card.bytes), default=0)
@@ -53,6 +56,8 @@ def sizes_of(rows: int) -> list[int]:
 
 def least_seconds(run: Run, setting: Setting) -> float:
     """How long a step takes at the least: its matrix products, or what goes to the host and back, and the host's update."""
+    if isinstance(run.model, Foreign):
+        return 0.0
     card, memory, rows = setting.card, run.memory, run.data.batch // setting.ranks
     again = 1 / 3 / memory.checkpoint.every if memory.checkpoint and not memory.checkpoint.selective else 0.0
     flops = run.model.flops_per_token(run.data.length) * rows * run.data.length
@@ -64,15 +69,15 @@ def least_seconds(run: Run, setting: Setting) -> float:
     if memory.stream:  # blocks come twice, what is beside them once, and gradients leave, of every microbatch
         moved = parts * (3.0 * of_blocks + 2 * outside) * wide
     if memory.offload_activations:
-        moved += 2 * rows * _row_bytes(replace(run, memory=replace(memory, offload_activations=None)))
+        moved += 2 * rows * row_bytes(replace(run, memory=replace(memory, offload_activations=None)))
     away = (memory.stream or memory.offload_optimizer) and run.model.adapter is None
     updated = (of_blocks + outside) * (2 * wide + _of_states(run)) if away else 0.0
     return max(compute, moved / (card.host * 1e9)) + updated / (HOST_MEMORY * 1e9) / setting.ranks
 
 
-def _row_bytes(run: Run) -> float:
+def row_bytes(run: Run) -> float:
     """What blocks keep of one row for their backward, at the least."""
-    if run.memory.offload_activations:
+    if run.memory.offload_activations or isinstance(run.model, Foreign):
         return 0.0
     model, checkpoint = run.model, run.memory.checkpoint
     wide, narrow = getattr(torch, run.precision.params).itemsize, run.precision.matmul_dtype().itemsize
@@ -91,6 +96,7 @@ def _row_bytes(run: Run) -> float:
 
 def _parameters(run: Run) -> tuple[int, int]:
     """How many there are in blocks, and how many beside them."""
+    assert isinstance(run.model, Decoder)
     shallow, deeper = (replace(run.model, depth=depth, adapter=None).parameters() for depth in (1, 2))
     of_block = deeper - shallow
     return of_block * run.model.depth, shallow - of_block

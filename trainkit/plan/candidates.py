@@ -14,6 +14,7 @@ from typing import Any
 from trainkit import run as runs
 from trainkit.choices import choices
 from trainkit.errors import UserError
+from trainkit.models import Decoder
 from trainkit.plan.planned import Setting
 from trainkit.run import Run
 
@@ -96,11 +97,13 @@ class Candidates:
             if run.clip > 0 and (still := _replaced(run, clip=0.0)):
                 yield [*words, "clip=0"], still
         beside = [precisions[:2][-1], *(one for one in precisions[2:] if one[1].precision.params == "bfloat16")]
-        names = self._known["model.adapter"] if own.model.adapter is None else []
-        for name, (words, run) in product(names, beside):
+        if not isinstance(own.model, Decoder) or own.model.adapter is not None:
+            return
+        for name, (words, run) in product(self._known["model.adapter"], beside):
             start = [] if own.start_from else [f"start_from={START}"]
-            adapter = runs.composed([f"model.adapter={name}", f"start_from={START}"], self._config_dir).model.adapter
-            model = replace(run.model, adapter=adapter)
+            adapted = runs.composed([f"model.adapter={name}", f"start_from={START}"], self._config_dir).model
+            assert isinstance(adapted, Decoder)
+            model = replace(own.model, adapter=adapted.adapter)
             if frozen := _replaced(run, model=model, start_from=own.start_from or START):
                 yield [*words, f"model.adapter={name}", *start], frozen
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from trainkit import run as runs
 from trainkit.errors import UserError
-from trainkit.plan.bounds import least_bytes, least_seconds, most_rows, sizes_of
+from trainkit.plan.bounds import least_bytes, least_seconds, most_rows, row_bytes, sizes_of
 from trainkit.plan.candidates import GRADES, Candidate, Candidates
 from trainkit.plan.live import OutOfTimeError
 from trainkit.plan.planned import Plan, Setting, plan, with_microbatch
@@ -68,7 +69,8 @@ class Search:
         self, overrides: Sequence[str], config_dir: Path | None, setting: Setting, limit_s: float, tell: Tell
     ) -> None:
         self._setting, self._tell = setting, tell
-        self._end = time.monotonic() + limit_s
+        self._end, self._limit_s = time.monotonic() + limit_s, limit_s
+        self._own = runs.composed(list(overrides), config_dir)
         self._candidates = Candidates(overrides, config_dir, setting)
         self._too_large: dict[tuple[object, ...], tuple[float, int]] = {}
         self._rows: dict[tuple[object, ...], int] = {}  # that fitted, whatever parameters, gradients and states take
@@ -83,6 +85,8 @@ class Search:
                 self.cut_short = True
                 break
             run, setting = candidate.run, self._setting
+            if run.memory.offload_activations and not self._own.memory.offload_activations:
+                continue  # a plan does not count on what it frees
             left.append((most_rows(run, setting), least_bytes(run, setting), least_seconds(run, setting), candidate))
         if any(rows for rows, *_ in left):
             left = [one for one in left if one[0]]
@@ -90,13 +94,24 @@ class Search:
             left = sorted(left, key=lambda one: one[1])[:ENOUGH]
         found: list[Found] = []
         fitted: Counter[tuple[str, ...]] = Counter()
+        tries: Counter[tuple[str, ...]] = Counter()
+
+        def turn(one: tuple[int, float, float, Candidate]) -> tuple[int, int, float, float]:
+            """Every kind in turn, its fastest first; where that did not fit, what keeps the least for its backward."""
+            kind = _kind(one[3])
+            kept = row_bytes(one[3].run) if tries[kind] and not fitted[kind] else 0.0
+            return tries[kind], GRADES.index(one[3].grade), kept, one[2]
+
         while left and time.monotonic() < self._end:
-            one = min(left, key=lambda one: (fitted[_kind(one[3])], GRADES.index(one[3].grade), one[2]))
+            one = min(left, key=turn)
             left.remove(one)
             most, least, _, candidate = one
             if fitted[_kind(candidate)] >= (ENOUGH_CHANGED if candidate.changes else ENOUGH):
                 continue
-            if not self._cannot(candidate, least) and (way := self._try(candidate, least, most)) is not None:
+            if self._cannot(candidate, least):
+                continue
+            tries[_kind(candidate)] += 1
+            if (way := self._try(candidate, least, most)) is not None:
                 found.append(way)
                 fitted[_kind(candidate)] += way.plan.fits
         self.cut_short |= bool(left)
@@ -112,7 +127,8 @@ class Search:
         self._tell(" ".join(candidate.overrides))
         run, rows, now = candidate.run, candidate.run.data.batch // self._setting.ranks, time.monotonic()
         alike = _activations(run)
-        planned = planner(run, self._setting, sure=False, until=now + SHARE * (self._end - now))
+        until = min(self._end, now + max(SHARE * (self._end - now), SHARE * self._limit_s / 2))
+        planned = planner(run, self._setting, sure=False, until=until)
         seen: list[Plan] = []
 
         def of(rows: int) -> Plan:

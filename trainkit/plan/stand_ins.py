@@ -4,18 +4,15 @@ otherwise than the CPU whose kernels are traced.
 Not yet measured on a GPU.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 from torch.nn import functional as F
 
-from trainkit.memory import offload_activations
-from trainkit.memory.lanes import HostLanes
 from trainkit.optimizers import formats, low_bit, rounding
 from trainkit.plan.kernels import Work, where
 from trainkit.plan.live import Live
@@ -43,7 +40,6 @@ def standing_in(live: Live) -> Iterator[None]:
             put(ShardingPropagator, _propagate_tensor_meta_non_cached=_of_shapes_alone(live, ShardingPropagator))
         if live.device.cuda:
             put(F, scaled_dot_product_attention=_attention, rms_norm=_norm)
-            put(offload_activations, lanes=lambda device: Lanes(live))
             put(rounding, CHUNK=rounding.BUCKET)
             put(low_bit, CPU_CHUNK=low_bit.GPU_CHUNK, _kernel=_of_one_kernel(live))
         yield
@@ -105,41 +101,6 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
-
-
-class Lanes(HostLanes):
-    """`memory.lanes.CudaLanes` without streams: what is leaving is held as long as there, what comes is made anew."""
-
-    def __init__(self, live: Live) -> None:
-        self._live, self._device = live, live.device.torch
-        self._leaving: deque[list[UntypedStorage]] = deque()
-        self._block: list[UntypedStorage] = []
-
-    def serve(self, device: torch.device) -> bool:
-        return device == self._device
-
-    def send(self, storage: UntypedStorage) -> Tensor:
-        on_host = torch.empty(storage.nbytes(), dtype=torch.uint8)
-        self._copy(on_host)
-        self._block.append(storage)
-        return on_host
-
-    def settle(self, keep: int) -> None:
-        if self._block:
-            self._leaving.append(self._block)
-            self._block = []
-        while len(self._leaving) > keep:
-            self._leaving.popleft()
-
-    def fetch(self, sent: Tensor) -> Tensor:
-        self._copy(sent)
-        return torch.empty(len(sent), dtype=torch.uint8, device=self._device)
-
-    def wait(self, coming: Tensor) -> UntypedStorage:
-        return coming.untyped_storage()
-
-    def _copy(self, on_host: Tensor) -> None:
-        self._live.count(Work(moved=on_host.nbytes, beside=True))
 
 
 def _of_one_kernel(live: Live, real: Any = low_bit._kernel) -> Callable[..., Callable[..., None]]:
