@@ -183,6 +183,7 @@ def test_an_evaluation_stands_beside_its_floors(capsys: pytest.CaptureFixture[st
         (["data.path=null", "data.columns=[]", "data.sources.a.weight=2"], "data.sources.a needs a path"),
         (["data.validation=0"], "evaluation.metric=val_loss needs pairs that the data does not hold out"),
         (["evaluation.metric=val_spearman"], "evaluation.metric=val_spearman needs pairs"),
+        (["deterministic=elastic", "data.tokens=64"], "data.tokens must go"),
         (["data.teacher=nowhere.npy"], "data.teacher=nowhere.npy does not exist"),
     ],
 )

@@ -14,7 +14,7 @@ from trainkit.choices import CONF, choices
 
 ROOT = Path(trainkit.__file__).parent
 FLOORS = [
-    {"config", "trees", "errors", "units", "choices", "atomic", "strict", "fingerprint"},
+    {"config", "trees", "errors", "units", "choices", "atomic", "strict", "fingerprint", "slices"},
     {
         "models",
         "data",
@@ -41,7 +41,7 @@ FLOORS = [
         "overrides",
         "versions",
     },
-    {"tasks", "checkpoint", "history", "fitting"},
+    {"tasks", "checkpoint", "history", "fitting", "states"},
     {"learner"},
     {"replay", "saves"},
     {"trainer"},
@@ -49,6 +49,7 @@ FLOORS = [
     {
         "benchmark",
         "build",
+        "spread",
         "header",
         "checkpoints",
         "convert",

@@ -87,10 +87,15 @@ def test_the_loss_is_the_mean_over_hidden_tokens_of_all_ranks() -> None:
     key = torch.randint(1 << 62, ())
     for rank in (0, 1):
         it = model()
-        sums = iter([key, count])
-        ranks = SimpleNamespace(**{**vars(ALONE), "rank": rank, "sum": lambda t, sums=sums: next(sums, t)})
+        words = iter([lambda t, r=rank: t + key * r, lambda t: count])  # the first rank's word, and how many are hidden
+
+        def total(t: Tensor, words: Any = words) -> Tensor:
+            return next(words)(t) if t.dtype == torch.int64 else t
+
+        summed_by = SimpleNamespace(**{**vars(ALONE), "rank": rank, "sum": total})
         part = {k: v[3 * rank : 3 * rank + 3] for k, v in data.items()}
-        task.backward(it, part, microbatch=2, ranks=ranks)
+        torch.manual_seed(3 + rank)
+        task.backward(it, part, microbatch=2, ranks=summed_by)
         summed = [s + p.grad for s, p in zip(summed, it.parameters(), strict=True)]
     same(summed, grads[0], 1e-9)
 

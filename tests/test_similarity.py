@@ -58,14 +58,14 @@ def test_retrieval_is_its_definition(coarse: bool, monkeypatch: pytest.MonkeyPat
 
 
 def test_words_in_common_weigh_what_is_rare() -> None:
-    rows: list[Any] = [(("ab", "ac"), None), (("ad", "a"), None)]
+    rows: list[Any] = [(("ab", "ac"), None), (("ad", "a"), None), (("b", "x"), None)]
     train = encoded("t", rows, BytesTokenizer(), ())
     scored = encoded(
         "s", [(("ab", "az"), 1.0), (("b", "bc"), 2.0), (("d", "d"), 0.0), (("", "a"), 5.0)], BytesTokenizer(), ()
     )
     part = Part(scored, np.arange(4))
-    corpus: Any = SimpleNamespace(train=[Part(train, np.arange(2))], validation=[part])
-    idf = {c: math.log(5 / (1 + n)) ** 2 for c, n in {"a": 4, "b": 1, "c": 1, "d": 1, "z": 0}.items()}
+    corpus: Any = SimpleNamespace(train=[Part(train, np.arange(3))], validation=[part])
+    idf = {c: math.log(7 / (1 + n)) ** 2 for c, n in {"a": 4, "b": 2, "c": 1, "d": 1, "z": 0}.items()}
     similar = [
         idf["a"] / math.sqrt((idf["a"] + idf["b"]) * (idf["a"] + idf["z"])),
         idf["b"] / math.sqrt(idf["b"] * (idf["b"] + idf["c"])),

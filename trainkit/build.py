@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import fitting, floors, hardware, optimizers, randomness, versions
+from trainkit import fitting, floors, hardware, optimizers, spread, versions
 from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit import start as starts
@@ -39,7 +39,8 @@ def check(run: Run) -> None:
     Raises:
         UserError: the data is not there, or its vocabulary does not fit the model.
     """
-    run.parallel.check()
+    run = spread.settled(run)
+    spread.check(run)
     device = hardware.choose(run.parallel.device)
     run.precision.check(device)
     run.speed.check(device, run.precision.matmul_dtype())
@@ -57,18 +58,13 @@ def ranks(run: Run) -> Ranks:
     """The processes of this run and their device."""
     device = hardware.choose(run.parallel.device)
     run.speed.begin(device, run.precision.matmul_dtype())
-    return run.parallel.join(device, stream=run.memory.stream is not None)
+    return spread.settled(run).parallel.join(device, stream=run.memory.stream is not None)
 
 
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
     """All that learns, and nothing that writes: enough for tests and benchmarks."""
     _refuse_small_vocabulary(corpus.vocab, run)
-    randomness.seed_all(run.seed)
-    model = run.task.build(run.model.build())
-    model = run.precision.apply(model, ranks.device).to(ranks.home)  # in its own format it takes less room there
-    model = run.speed.apply(model)
-    model = run.memory.apply(model, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
-    model = ranks.apply(model, exact_sums=run.deterministic == "elastic")
+    model = spread.model(run, ranks)
     _compile(model, run.compile, "reduce-overhead" if run.speed.cuda_graphs else None)
     return Learner(
         task=run.task,

@@ -78,7 +78,7 @@ def largest(it: Any, *, start: int | None = None) -> int:
     Raises:
         RanOutError: memory ran out on ranks that were in the middle of their sums.
     """
-    sizes = list(_sizes(it.loader.batch // it.ranks.size))
+    sizes = list(_sizes(it.loader.batch // it.ranks.readers))
     room = Room(it.ranks.device)
     free = MARGIN * room.free - _moments_to_come(it)
     at = max((i for i, rows in enumerate(sizes) if rows <= (start or 1)), default=0)
@@ -148,7 +148,7 @@ def attempt(work: Callable[[], T], ranks: Any) -> tuple[T | None, str | None]:
             else (str(error).splitlines() or [type(error).__name__])[0][:120]
         )
         traceback.clear_frames(error.__traceback__)
-    if ranks.careful and ranks.kind == "ddp" and why != ELSEWHERE:
+    if ranks.careful and ranks.can_go_back and why != ELSEWHERE:
         ranks.all_fit(False)
     return None, why
 
@@ -156,7 +156,7 @@ def attempt(work: Callable[[], T], ranks: Any) -> tuple[T | None, str | None]:
 def can_go_back(ranks: Any, model: Any) -> bool:
     """Whether no rank waits in the middle of a sum, and the model can forget a pass that broke off."""
     if ranks.size > 1:
-        return bool(ranks.kind == "ddp" and ranks.careful)
+        return bool(ranks.can_go_back and ranks.careful)
     return ranks.kind != "fsdp" or hasattr(model, "reset_iter_state")
 
 

@@ -64,6 +64,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return statistics.median(sorted(rates)[len(rates) // 2 :])
 
 
+def memory(device: torch.device) -> int:
+    """Bytes that the device has in all; of a CPU the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def memory_in_use(device: torch.device) -> int:
     """Bytes that tensors take on a GPU; on a CPU those that the process holds."""
     if device.type == "cuda":

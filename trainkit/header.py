@@ -1,5 +1,6 @@
 """What a person wants to see before a run starts."""
 
+import math
 from typing import Any
 
 from trainkit import hardware
@@ -13,7 +14,7 @@ from trainkit.units import human_bytes, human_count
 def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> dict[str, str]:
     """What a person wants to see before a run starts."""
     it, meter = trainer.learner, trainer.meter
-    device, ways = it.ranks.device, it.ranks.size
+    device, ways = it.ranks.device, it.ranks.readers
     micro = it.fitting.rows
     accumulated = -(-run.data.batch // ways // micro)
     peak = f"{meter.peak_flops / 1e12:.2f} TFLOP/s measured in {run.precision.compute or run.precision.params}"
@@ -25,7 +26,8 @@ def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> di
         "data": f"{corpus.name}: {human_count(corpus.train_tokens)} tokens to learn from, "
         f"{human_count(corpus.validation_tokens)} held out, tokenizer {corpus.tokenizer.name}",
         "device": f"{hardware.name(device)}, {peak}",
-        "batch": f"{micro} rows × {accumulated} accumulated × {ways} rank{'s' if ways > 1 else ''} = {run.data.batch} "
+        **({"mesh": str(it.ranks.sizes)} if it.ranks.size > 1 else {}),
+        "batch": f"{micro} rows × {accumulated} accumulated × {ways} {_of(it, ways)} = {run.data.batch} "
         f"rows of {run.data.length}: {human_count(meter.tokens_per_step)} tokens a step, "
         f"{run.data.batch * run.steps / _samples(it):.1f} epochs",
         **run.speed.describe(device),
@@ -36,8 +38,15 @@ def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> di
 
 def checkpoint_bytes(it: Learner) -> int:
     """How much a checkpoint takes: two moments beside every parameter at most, and of bfloat16 the weights in float32."""
+    if (layout := getattr(it.model, "layout", None)) is not None:  # no adapter: all of it learns
+        width = it.parameters[0].itemsize
+        return sum(math.prod(shape) for shape in layout.shapes.values()) * (14 if width == 2 else 3 * width)
     learns = sum(p.numel() * 12 if p.itemsize == 2 else 2 * p.nbytes for p in it.parameters)
     return learns + sum(p.nbytes for p in it.model.parameters())
+
+
+def _of(it: Learner, ways: int) -> str:
+    return f"{'replica' if it.ranks.mixed else 'rank'}{'s' if ways > 1 else ''}"
 
 
 def _trained(run: Run, it: Learner) -> str:

@@ -1,21 +1,18 @@
 """What learns: a model, its optimizer and a step count. It writes nothing and knows no folder."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from trainkit import memory, optimizers, precision, randomness
+from trainkit import memory, optimizers, precision, randomness, states
 from trainkit.checkpoint.store import on_cpu
 from trainkit.checkpoint.tensors import DTYPES
-from trainkit.errors import UserError
 from trainkit.exact import ExactSums
 from trainkit.fitting import Fitting
 from trainkit.guard import Guard, Rewind, position
-from trainkit.optimizers.state import load_named_state, named_state
-from trainkit.optimizers.state import places as optimizer_places
 from trainkit.spikes import Spikes
 
 T = TypeVar("T")
@@ -56,7 +53,7 @@ class Learner:
         self.forget_bad()
         self.spikes = Spikes(self.guard.spike, self.guard.window, self.ranks.device)
         self.fitting = Fitting(
-            1 if self.exact else min(self.microbatch, self.loader.batch // self.ranks.size), self.ranks
+            1 if self.exact else min(self.microbatch, self.loader.batch // self.ranks.readers), self.ranks
         )
         self.told = self.step  # at which `account` was asked last
         self.sums = ExactSums(self.parameters, self.seed_row, self.ranks.sum) if self.exact else None
@@ -132,7 +129,7 @@ class Learner:
         """The global gradient norm (float32 scalar), after which no gradient is longer than `clip` (0: as it is), and what
         this rank alone answers for of the gradients."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = self.ranks.whole(optimizers.total_norm(self.optimizer, self.parameters))
+        norm = self.ranks.norm(lambda some: optimizers.total_norm(self.optimizer, some), self.parameters)
         own = self.sums.own if self.sums else self.ranks.own(gradients, norm) if gradients else norm
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
@@ -140,7 +137,7 @@ class Learner:
 
     def seed_row(self, row: int) -> None:
         """Seed what is drawn for this rank's `row`, by its place in the global batch."""
-        place = self.ranks.rank * (self.loader.batch // self.ranks.size) + row
+        place = self.ranks.reader * (self.loader.batch // self.ranks.readers) + row
         torch.manual_seed(randomness.mix(self.seed, self.step, place))
 
     def set_lr(self) -> float:
@@ -160,7 +157,7 @@ class Learner:
         overflow = ~torch.isfinite(norm)
         bad = ~torch.isfinite(loss) if self.scaler.is_enabled() else ~torch.isfinite(loss) | overflow
         bad = bad | self.spikes.judge(loss)
-        bad, overflow = self.ranks.sum(torch.stack([bad, overflow]).float()) > 0  # a replica may differ from the others
+        bad, overflow = self.ranks.anywhere(torch.stack([bad, overflow]).float()) > 0  # replicas may differ
         first = bad & (self.first_bad < 0)
         self.first_bad = torch.where(first, self.step, self.first_bad)
         self.bad_answer = torch.where(first, answer, self.bad_answer)
@@ -176,7 +173,7 @@ class Learner:
 
     def samples(self) -> list[int]:
         """The ids of the samples that the next update learns from, over all ranks."""
-        mine = self.batch()["ids"].tolist()
+        mine = self.batch()["ids"].tolist() if self.ranks.reads else []
         return [sample for rank in self.ranks.host.gather(mine) for sample in rank]
 
     def start_at(self, step: int) -> None:
@@ -215,8 +212,8 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is learned, by name (`model.…`, `optimizer.…`), and the state of every random generator."""
-        tensors = {MODEL + k: v for k, v in self.model.state_dict().items()}
-        tensors |= {OPTIMIZER + k: v for k, v in named_state(self.model, self.optimizer).items()}
+        tensors = {MODEL + k: v for k, v in states.of_model(self.model).items()}
+        tensors |= {OPTIMIZER + k: v for k, v in states.of_optimizer(self.model, self.optimizer).items()}
         tensors |= {GUARD + "recent": self.spikes.known(), GUARD + "in_a_row": self.in_a_row}
         return tensors | {RANDOM + k: v for k, v in randomness.state().items()}
 
@@ -233,15 +230,15 @@ class Learner:
             UserError: they are another model's or another optimizer's.
         """
         shapes = {name: facts["shape"] for name, facts in described.items()}
-        check_model(self.model, _under(MODEL, shapes))
-        own = {MODEL + name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        states.check_model(self.model, _under(MODEL, shapes))
+        own = {MODEL + name: tensor.detach() for name, tensor in states.of_model(self.model).items()}
         facts = {
             name: (shapes[name], DTYPES[of["dtype"]], all(part[2][-1:] == shapes[name][-1:] for part in of["parts"]))
             for name, of in described.items()
         }
-        states = optimizer_places(self.model, self.optimizer, _under(OPTIMIZER, facts))
+        moments = states.places(self.model, self.optimizer, _under(OPTIMIZER, facts))
         rest = {name: described[name] for name in described if name.startswith((RANDOM, GUARD))}
-        return own | {OPTIMIZER + k: v for k, v in states.items()} | on_cpu(rest)
+        return own | {OPTIMIZER + k: v for k, v in moments.items()} | on_cpu(rest)
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Go on from where `tensors()` and `state()` were taken, in place.
@@ -250,7 +247,7 @@ class Learner:
             UserError: they are another model's or another optimizer's.
         """
         load_model(self.model, tensors)
-        load_named_state(self.model, self.optimizer, _under(OPTIMIZER, tensors))
+        states.load_optimizer(self.model, self.optimizer, _under(OPTIMIZER, tensors))
         precision.load_scaler_state(self.scaler, state["scaler"])
         randomness.load(_under(RANDOM, tensors))
         self.forget_bad()
@@ -261,37 +258,13 @@ class Learner:
         self.history = max(known, self.history, key=len)  # what happened after the checkpoint holds as well
 
 
-def load_model(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_model(model: torch.nn.Module, tensors: Mapping[str, Any]) -> None:
     """Copy a checkpoint's `model.…` tensors into `model`, in place.
 
     Raises:
         UserError: a name or a shape is not the model's.
     """
-    given = _under(MODEL, tensors)
-    check_model(model, {name: tensor.shape for name, tensor in given.items()})
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if _memory(given[name]) != _memory(tensor):  # else it was read straight into the model
-                tensor.copy_(given[name])
-
-
-def _memory(tensor: Tensor) -> int:
-    """Where this rank's part of a tensor lies."""
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr()
-
-
-def check_model(model: torch.nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise UserError when a name or a shape is not the model's."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | shapes.keys()):
-        if name not in shapes or name not in own:
-            where = "lacks" if name not in shapes else "has, and this model lacks,"
-            raise UserError(f"the checkpoint is another model's: it {where} the tensor {name}")
-        if tuple(shapes[name]) != tuple(own[name].shape):
-            raise UserError(
-                f"the checkpoint is another model's: {name} is {tuple(shapes[name])} there "
-                f"and {tuple(own[name].shape)} here"
-            )
+    states.load_model(model, _under(MODEL, tensors))
 
 
 def _under(prefix: str, named: Mapping[str, T]) -> dict[str, T]:

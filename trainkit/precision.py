@@ -87,6 +87,10 @@ class Precision:
         model = model.to(getattr(torch, self.params))
         if self.float8 is not None:
             _to_float8(model, self.float8)
+        return self.cast(model, device)
+
+    def cast(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """`model` with its forward under autocast to `compute`."""
         if self.compute is not None:
             model.forward = torch.autocast(device.type, dtype=self.matmul_dtype())(model.forward)
         return model

@@ -89,10 +89,14 @@ class Run:
             deterministic=self.deterministic,
             compile=self.compile,
         )
-        if self.deterministic == "elastic" and self.parallel.kind == "fsdp":
-            raise ValueError("deterministic=elastic sums whole gradients itself: use parallel=ddp or parallel=single")
+        rest = ("task", "memory", "precision", "optimizer", "model", "deterministic", "compile")
+        self.parallel.check_run(**{name: getattr(self, name) for name in rest})
         if self.deterministic == "elastic" and self.data.batch > MOST_ROWS:
             raise ValueError(f"deterministic=elastic sums {MOST_ROWS} rows at most: lower data.batch={self.data.batch}")
+        if self.deterministic == "elastic" and getattr(self.data, "tokens", None) is not None:
+            raise ValueError(
+                "deterministic=elastic knows a row by its place in batches of one size: data.tokens must go"
+            )
         if self.data.length > self.model.context:
             raise ValueError(f"data.length={self.data.length} is longer than model.context={self.model.context}")
         if self.precision.float8 is not None and self.model.width % MULTIPLE:

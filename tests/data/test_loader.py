@@ -24,7 +24,7 @@ EOS = 256
 
 
 def loader(data: Any, *, seed: int = 0, rank: int = 0, size: int = 1) -> Loader:
-    return data.build(data.open(), seed=seed, ranks=SimpleNamespace(rank=rank, size=size), device=CPU)
+    return data.build(data.open(), seed=seed, ranks=SimpleNamespace(reader=rank, readers=size), device=CPU)
 
 
 def text(**other: Any) -> Text:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from trainkit.slices import chunks
+
 SHARD_BYTES = 4 << 30
 SMALL = 1 << 16  # bytes below which a box is not worth handing to another rank than the first that has it
 
@@ -43,15 +45,9 @@ class ShardFile:
     boxes: tuple[Box, ...]
 
 
-def local_boxes(name: str, tensor: Tensor) -> list[tuple[Box, Tensor]]:
-    """What this rank holds of a tensor. Of a DTensor (https://pytorch.org/docs/stable/distributed.tensor.html) that may
-    be a slice, or nothing."""
-    whole = tensor.detach()
-    if not hasattr(whole, "to_local"):
-        return [(Box(name, (0,) * whole.ndim, tuple(whole.shape)), whole)]
-    chunks = whole.__create_chunk_list__()  # type: ignore[attr-defined]  # what torch's own checkpoints ask a DTensor
-    local = whole.to_local()
-    return [(Box(name, tuple(c.offsets), tuple(c.sizes)), local) for c in chunks if math.prod(c.sizes)]
+def local_boxes(name: str, tensor: Any) -> list[tuple[Box, Tensor]]:
+    """What this rank holds of a tensor."""
+    return [(Box(name, offset, shape), values) for offset, shape, values in chunks(tensor)]
 
 
 def plan(

@@ -64,13 +64,18 @@ def draft(
     local = tuple((box, part.dtype) for box, part in held.items())
     if like is not None and like.local == local:
         return replace(like, step=step, state=state, carried=carried, facts=facts, held={b: held[b] for b in like.held})
-    said = [[box.name, box.offset, box.shape, part.nbytes] for box, part in held.items()]
-    by_rank = [[(Box(n, tuple(o), tuple(s)), size) for n, o, s, size in rank] for rank in group.gather(said)]
+    said = {
+        "boxes": [[box.name, box.offset, box.shape, part.nbytes] for box, part in held.items()],
+        "tensors": {name: [tensor_files.dtype_name(t.dtype), list(t.shape)] for name, t in tensors.items()},
+    }
+    told = group.gather(said)
+    by_rank = [[(Box(n, tuple(o), tuple(s)), size) for n, o, s, size in rank["boxes"]] for rank in told]
     shards = layout.plan(by_rank, packed_names)
     mine = {box for shard in shards if shard.rank == group.rank for box in shard.boxes}
-    described = layout.describe(
-        {name: (tensor_files.dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}, shards
-    )
+    facts_of = {
+        name: facts for rank in told for name, facts in rank["tensors"].items()
+    }  # one stage has not all of them
+    described = layout.describe(facts_of, shards)
     return Draft(
         step, state, carried, facts, described, tuple(shards), {b: t for b, t in held.items() if b in mine}, local
     )

@@ -110,11 +110,7 @@ class Loader:
     def __init__(
         self, train: Any, validation: Any, *, batch: int, workers: int, ranks: Any, device: torch.device
     ) -> None:
-        if batch % ranks.size:
-            near = [n for n in (batch // ranks.size * ranks.size, -(-batch // ranks.size) * ranks.size) if n]
-            raise UserError(
-                f"data.batch={batch} rows do not divide over {ranks.size} ranks: use {near[0]} or {near[-1]}"
-            )
+        refuse_rows(batch, ranks.readers)
         for name, rows in (("training", train), ("validation", validation)):
             for split, size in zip(rows.splits, rows.sizes, strict=True):
                 if size < 1:
@@ -124,7 +120,7 @@ class Loader:
                     )
         self._train, self._validation, self.batch, self._workers = train, validation, batch, workers
         self._ranks, self._device = ranks, device
-        self._steps = _Steps(train, batch, ranks.rank, ranks.size)
+        self._steps = _Steps(train, batch, ranks.reader, ranks.readers)
         self._coming: Iterator[dict[str, Tensor]] | None = None
         self._next = -1
         self.tokens_per_step = batch * train.length
@@ -143,11 +139,11 @@ class Loader:
 
     def validation(self, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """The validation rows in order, `limit` global batches of them at most; the last one is filled with empty rows."""
-        rows, mine = self._validation, self.batch // self._ranks.size
+        rows, mine = self._validation, self.batch // self._ranks.readers
         ids = np.concatenate([np.arange(n) | (s << SOURCE_BITS) for s, n in enumerate(rows.sizes)])
         batches = -(-len(ids) // self.batch)
         for i in range(batches if limit is None else min(limit, batches)):
-            begin = i * self.batch + self._ranks.rank * mine
+            begin = i * self.batch + self._ranks.reader * mine
             here = ids[begin : begin + mine]
             yield self._moved(rows.batch(np.pad(here, (0, mine - len(here)), constant_values=-1)))
 
@@ -182,6 +178,13 @@ class Loader:
         if self._workers == 0:
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def refuse_rows(batch: int, readers: int) -> None:
+    """Raise UserError where the rows of a batch do not divide over those that read them."""
+    if batch % readers:
+        near = [n for n in (batch // readers * readers, -(-batch // readers) * readers) if n]
+        raise UserError(f"data.batch={batch} rows do not divide over {readers} ranks: use {near[0]} or {near[-1]}")
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -19,7 +19,7 @@ from trainkit.data.pair_files import Row
 from trainkit.data.pair_table import PairTable
 from trainkit.data.shards import hash_file
 from trainkit.data.sources import find
-from trainkit.errors import UserError
+from trainkit.errors import UserError, nearest
 
 
 @config
@@ -117,10 +117,17 @@ class Pairs(PairRows):
 @config
 class WordNet(PairRows):
     """WordNet's 510,886 pairs (of version 3.0), each batch of one kind: words and glosses, synonyms, glosses and those
-    of hypernyms, examples and glosses. `path` is the folder of its files; else it is looked for."""
+    of hypernyms, examples and glosses. `path` is the folder of its files; else it is looked for. `weights` say how
+    often a batch is of a kind, where it is not to be as often as there are pairs of it; a kind that is not mentioned
+    weighs 1."""
 
     kind: Literal["wordnet"] = "wordnet"
     path: str | None = how(None)
+    weights: dict[str, Positive] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if odd := [kind for kind in self.weights if kind not in wordnet.KINDS]:
+            raise ValueError(f"data.weights.{odd[0]} is no kind of pair{nearest(odd[0], wordnet.KINDS)}")
 
     def _check(self) -> None:
         wordnet.folder(self.path)
@@ -144,7 +151,7 @@ class WordNet(PairRows):
         return "wordnet"
 
     def _weight(self, table: PairTable) -> float:
-        return float(len(table))
+        return self.weights.get(table.name, float(len(table)) if not self.weights else 1.0)
 
 
 @config

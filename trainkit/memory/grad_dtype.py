@@ -15,7 +15,7 @@ def check(name: str, *, optimizer: Any, precision: Any, parallel: Any, determini
         raise ValueError(f"memory.grad_dtype={name} would round what precision.params=float64 keeps: set it to null")
     if name == precision.params:
         return
-    if parallel.kind == "fsdp":
+    if parallel.shards:
         raise ValueError(f"parallel=fsdp keeps gradients in the parameters' format: memory.grad_dtype={name} must go")
     if deterministic == "elastic":
         raise ValueError(f"deterministic=elastic adds gradients up as integers: memory.grad_dtype={name} must go")

@@ -37,7 +37,7 @@ class StepInBackward:
             "guard=skip leaves out single updates: use guard.policy=stop or guard=rewind": guard.policy == "skip",
             "guard.spike looks at the loss of all ranks first: set guard.spike=null": guard.spike is not None,
             "guard.check_every computes a step twice first: set guard.check_every=null": guard.check_every is not None,
-            "parallel=ddp sums gradients after it: use parallel=fsdp": parallel.kind == "ddp",
+            "parallel=ddp sums gradients after it: use parallel=fsdp": parallel.copies,
             "deterministic=elastic sums gradients after it: use deterministic=layout": deterministic == "elastic",
             "memory=offload_optimizer wants many gradients at once: take one of the two": memory.offload_optimizer,
             "memory.grad_dtype is for gradients that are kept: set memory.grad_dtype=null": memory.grad_dtype,

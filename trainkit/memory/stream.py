@@ -22,8 +22,7 @@ class Stream:
     def check(self, *, memory: Any, parallel: Any, deterministic: str, precision: Any, **_: Any) -> None:
         """Raise ValueError, in one sentence, where something else wants the whole model or its gradients on the device."""
         for wrong, why in {
-            "memory=stream holds slices of the model and parallel=ddp all of it: use parallel=fsdp": parallel.kind
-            == "ddp",
+            "memory=stream holds slices of the model and parallel=ddp all of it: use parallel=fsdp": (parallel.copies),
             "deterministic=elastic sums whole gradients itself: memory=stream has slices of them": (
                 deterministic == "elastic"
             ),

@@ -4,6 +4,7 @@ Multi-head (Vaswani et al. 2017, arXiv:1706.03762), grouped-query (Ainslie et al
 (Beltagy et al. 2020, arXiv:2004.05150), query/key normalisation (Henry et al. 2020, arXiv:2010.04245).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,8 @@ class Cache:
 
 class AttentionMixer(nn.Module):
     """`forward(x_BTD, mask, rope) -> y_BTD`. `mask` is what `attention_mask` gave; None is causal, and for a single
-    new position everything before it; in an encoder it is everything."""
+    new position everything before it; in an encoder it is everything. `elsewhere` adds keys and values (B, G, T, K)
+    that other ranks have."""
 
     def __init__(self, cfg: Attention, width: int, bias: bool, dropout: float, eps: float) -> None:
         super().__init__()
@@ -85,6 +87,7 @@ class AttentionMixer(nn.Module):
         self.q_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(self.k, eps=eps) if cfg.qk_norm else None
         self.dropout, self.causal = dropout, cfg.causal
+        self.elsewhere: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.window = cfg.window
         self.kernel: Kernel = "sdpa"
 
@@ -97,6 +100,8 @@ class AttentionMixer(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(k, v)
+        elif self.elsewhere is not None:
+            k, v = self.elsewhere(k, v)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask, self.kernel, window=self.window, dropout=dropout, causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))

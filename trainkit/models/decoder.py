@@ -4,7 +4,7 @@
 B rows, T positions, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -53,6 +53,15 @@ class Decoder:
         backbone = Backbone(self)
         backbone.init_weights()
         return self.adapter.apply(backbone) if self.adapter else backbone
+
+    def frame(self) -> nn.Module:
+        """The backbone without memory, on the meta device, for `fresh` weights."""
+        with torch.device("meta"):
+            return Backbone(self)
+
+    def fresh(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of `build()`, one at a time."""
+        return fresh(self)
 
     def parameters(self) -> int:
         """How many numbers it has, an adapter aside, by arithmetic: nothing is built."""
@@ -128,43 +137,93 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal weights, zero biases; what a block adds to the residual starts smaller, by the number of additions."""
-        cfg = self.cfg
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                residual = name.endswith(("attention.out", "mlp.out"))
-                nn.init.normal_(module.weight, std=cfg.init_std / ((2 * cfg.depth) ** 0.5 if residual else 1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=cfg.init_std)
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                module.reset_parameters()
+            _draw(self.cfg, name, module)
 
     def forward(
-        self, tokens: Tensor, documents: Tensor | None = None, caches: Sequence[Cache] | None = None, seen: int = 0
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        caches: Sequence[Cache] | None = None,
+        seen: int = 0,
+        part: slice | None = None,
     ) -> Tensor:
         """`seen` positions of these rows are in `caches` already, one a block; the new ones are added to them. `documents` are
-        of both then."""
-        cfg, length, device = self.cfg, tokens.shape[1], tokens.device
+        of both then. With a `part` only its positions' hidden states are computed, by blocks that get keys and values of the
+        others elsewhere."""
+        around = self.around(tokens, documents, seen, part)
+        x = self.enter(tokens if part is None else tokens[:, part], around)
+        for i, block in enumerate(self.blocks):
+            shared = around.shared(x, i)
+            x = block(x, *shared, caches[i]) if caches else block(x, *shared)
+        return self.norm(x)
+
+    def around(self, tokens: Tensor, documents: Tensor | None, seen: int = 0, part: slice | None = None) -> "Around":
+        """What all blocks need to know of rows (B, T)."""
+        length, device = tokens.shape[1], tokens.device
         whole = torch.arange(seen, seen + length, device=device)
         positions = whole if documents is None else positions_in(documents)[:, seen:]
+        end = seen + length
+        if part is not None:
+            positions, end = positions[..., part], part.stop
+            documents = None if documents is None else documents[:, : part.stop]
+        look, queries = self.cfg.attention, positions.shape[-1]
+        masks = {
+            window: attention_mask(documents, queries, end, window, device, self.kernel, causal=look.causal)
+            for window in {look.window_of(layer) for layer in range(self.cfg.depth)}
+        }
+        return Around(self.cfg, positions, masks)
+
+    def enter(self, tokens: Tensor, around: "Around") -> Tensor:
+        """Tokens to what comes into the first block."""
         x = self.embed(tokens)
-        rope = None
         if self.position is not None:
-            x = x + self.position(positions)
-        elif cfg.position == "rope":
-            _, _, k = cfg.attention.shape(cfg.width)
-            rope = rope_tables(positions, k, cfg.rope_theta, x.dtype, cfg.rope_scaling)
-        x = self.dropout(x)
-        look, windows = cfg.attention, [cfg.attention.window_of(layer) for layer in range(cfg.depth)]
-        masks = {}
-        for window in set(windows):
-            mask = attention_mask(documents, length, seen + length, window, device, self.kernel, causal=look.causal)
-            masks[window] = additive(mask, x)
-        for i, block in enumerate(self.blocks):
-            mask = masks[windows[i]]
-            x = block(x, mask, rope, caches[i]) if caches is not None else block(x, mask, rope)
-        return self.norm(x)
+            x = x + self.position(around.positions)
+        return self.dropout(x)
+
+
+class Around:
+    """What blocks share: positions, a mask for every window, and rotary tables."""
+
+    def __init__(self, cfg: Decoder, positions: Tensor, masks: dict[int | None, Mask]) -> None:
+        self.positions, self._masks, self._cfg = positions, masks, cfg
+        self._added: dict[int | None, Mask] = {}
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    def shared(self, x: Tensor, layer: int) -> tuple[Mask, tuple[Tensor, Tensor] | None]:
+        """Mask and rotary tables for a layer's block that hidden states `x` come into. They are made once, by the first."""
+        if not self._added:
+            self._added = {window: additive(mask, x) for window, mask in self._masks.items()}
+            if (cfg := self._cfg).position == "rope":
+                _, _, k = cfg.attention.shape(cfg.width)
+                self._rope = rope_tables(self.positions, k, cfg.rope_theta, x.dtype, cfg.rope_scaling)
+        return self._added[self._cfg.attention.window_of(layer)], self._rope
+
+
+def fresh(cfg: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a new backbone, whole and on the CPU, one at a time: drawn as `init_weights` draws them, to the
+    bit, so that ranks which keep slices begin with the weights of one which keeps all. One layer is held at most."""
+    with torch.device("meta"):
+        frame = Backbone(cfg)
+    for name, module in frame.named_modules():
+        if own := [key for key, _ in module.named_parameters(recurse=False)]:
+            module.to_empty(device="cpu", recurse=False)
+            with torch.no_grad():
+                _draw(cfg, name, module)
+            yield from ((f"{name}.{key}", getattr(module, key).detach()) for key in own)
+            module.to_empty(device="meta", recurse=False)
+
+
+def _draw(cfg: Decoder, name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        residual = name.endswith(("attention.out", "mlp.out"))
+        nn.init.normal_(module.weight, std=cfg.init_std / ((2 * cfg.depth) ** 0.5 if residual else 1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=cfg.init_std)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.reset_parameters()
 
 
 def _norm(cfg: Decoder) -> nn.Module:

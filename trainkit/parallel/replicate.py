@@ -19,9 +19,10 @@ BUCKET_BYTES = 25 << 20
 
 class Replicas:
     """Sums the gradients of a model's parameters over the ranks, a bucket as soon as all of it is there, while backward
-    goes on with the rest."""
+    goes on with the rest. The ranks are those of `group` (None: all)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, group: Any = None) -> None:
+        self._group = group
         # backward comes from the last layers to the first
         parameters = [p for p in model.parameters() if p.requires_grad][::-1]
         self._buckets = _buckets(parameters)
@@ -64,7 +65,7 @@ class Replicas:
         grads = [_gradient(p) for p in self._buckets[number]]
         flat = torch.cat([g.flatten() for g in grads])
         self._own.append(fingerprint([flat]))
-        self._works.append((grads, flat, dist.all_reduce(flat, async_op=True)))
+        self._works.append((grads, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
 
 
 def _gradient(parameter: Tensor) -> Tensor:

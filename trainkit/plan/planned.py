@@ -12,6 +12,8 @@ from trainkit.plan.live import CATEGORIES, STEP, OutOfTimeError
 from trainkit.plan.trace import Numbers, microbatch, trace
 from trainkit.run import Run
 
+KNOWN = ("ddp", "fsdp")  # meshes of one axis
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -140,6 +142,8 @@ def check(run: Run, ranks: int) -> None:
     """Raise UserError where so many ranks cannot share the run."""
     if ranks > 1 and run.parallel.kind == "single":
         raise UserError(f"parallel=single trains on one GPU, and there are {ranks}: add parallel=ddp or parallel=fsdp")
+    if run.parallel.kind not in ("single", *KNOWN) or run.parallel.given():
+        raise UserError(f"plan knows {' and '.join(f'parallel={k}' for k in KNOWN)}: benchmark is for any other mesh")
     if run.data.batch % ranks:
         near = -(-run.data.batch // ranks) * ranks
         raise UserError(f"data.batch={run.data.batch} rows do not divide over {ranks} ranks: use data.batch={near}")

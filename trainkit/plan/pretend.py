@@ -84,7 +84,7 @@ def pretending(device: Device, ranks: Ranks) -> Iterator[None]:
     """Inside, new tensors are fake."""
     with ExitStack() as stack:
         if ranks.size > 1 or ranks.kind == "fsdp":
-            stack.enter_context(_others(device, ranks.size))
+            stack.enter_context(_others(device, ranks.size, ranks.kind))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _replaced))
         stack.enter_context(mock.patch.object(Tensor, "tolist", _zeros))
@@ -99,19 +99,20 @@ def learner(run: Run, ranks: Ranks, batches: Batches) -> Learner:
 
 
 @contextmanager
-def _others(device: Device, size: int) -> Iterator[None]:
+def _others(device: Device, size: int, kind: str) -> Iterator[None]:
     """Ranks that are not there. The mesh has to be made of real numbers, so before anything is fake."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp._fully_shard import _fsdp_init, _fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from trainkit.parallel import fsdp
+    from trainkit.parallel import mesh
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
-        mesh = init_device_mesh("cpu", (size,))
+        names = ("dp_shard",) if kind == "fsdp" else ("dp_replicate",)
+        found = init_device_mesh("cpu", (size,), mesh_dim_names=names)
         with (
-            mock.patch.object(fsdp, "init_device_mesh", return_value=mesh),
+            mock.patch.object(mesh, "init_device_mesh", return_value=found),
             mock.patch.object(_fully_shard, "_get_device_from_mesh", return_value=device.torch),
             mock.patch.object(_fsdp_init, "_move_states_to_device", _moved),
         ):

@@ -58,6 +58,12 @@ class NextToken:
             `own_loss`: what this rank's rows have added to it.
         """
         count = ranks.sum((batch["labels"] != IGNORED).sum()).clamp(min=1)
+        if (pipeline := getattr(model, "pipeline", None)) is not None:
+            ranks.sum_next(model, last=False)
+            loss = pipeline.backward(batch, microbatch, lambda loss: scale(loss / count)) / count
+            ranks.pace.forward_done()
+            ranks.finish_sums()
+            return {"loss": ranks.sum(loss), "own_loss": loss}
         total = torch.zeros((), device=count.device)
         parts = list(_microbatches(batch, 1 if exact else microbatch))
         for number, rows in enumerate(parts):
@@ -124,6 +130,9 @@ class LanguageModel(nn.Module):
     """
 
     fused_loss: Literal["auto", "on", "off"] = "auto"
+    vocabulary: Any = None  # ranks that each have a part of the head (trainkit/parallel/tensor.py)
+    positions: Any = None  # ranks that each have a part of the positions (trainkit/parallel/context.py)
+    pipeline: Any = None  # ranks that each have some of the layers (trainkit/parallel/pipeline.py)
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -137,12 +146,31 @@ class LanguageModel(nn.Module):
         caches: Sequence[Any] | None = None,
         seen: int = 0,
     ) -> Tensor:
+        if self.pipeline is not None:
+            return self.pipeline.forward(tokens, labels, documents, caches, seen)
         if caches is not None:
-            hidden = self.backbone(tokens, documents, caches=caches, seen=seen)[:, -1:]
-        else:
-            hidden = self.backbone(tokens, documents)
-        unembed: Tensor = self.backbone.unembed  # type: ignore[assignment]  # a backbone's (V, D) head
-        return F.linear(hidden, unembed) if labels is None else summed_loss(hidden, unembed, labels, self.fused_loss)
+            return self.logits(self.backbone(tokens, documents, caches=caches, seen=seen)[:, -1:])
+        if labels is None:
+            if self.positions is not None:
+                self.positions.whole()
+            return self.logits(self.backbone(tokens, documents))
+        if self.positions is None:
+            return self.loss(self.backbone(tokens, documents), labels)
+        part = self.positions.part(tokens.shape[1])
+        return self.positions.sum(self.loss(self.backbone(tokens, documents, part=part), labels[:, part]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """BTV, of hidden states as the backbone gives them."""
+        if self.vocabulary is None:
+            return F.linear(hidden, self.backbone.unembed)  # type: ignore[arg-type]  # a backbone's (V, D) head
+        part = F.linear(self.vocabulary.hidden(hidden), self.backbone.unembed)  # type: ignore[arg-type]
+        return self.vocabulary.logits(part)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the losses, of hidden states as the backbone gives them."""
+        if self.vocabulary is not None:
+            hidden = self.vocabulary.hidden(hidden)
+        return summed_loss(hidden, self.backbone.unembed, labels, self.fused_loss, self.vocabulary)  # type: ignore[arg-type]
 
 
 def _microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:

@@ -5,7 +5,7 @@ each chunk's gradient is taken while its probabilities are at hand, so that (N, 
 twice. The idea of taking the gradient in the forward pass is Liger's (Hsu et al. 2024, arXiv:2410.10989).
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,24 @@ WHOLE = 1 << 22  # logits up to here (16 MiB in float32) are made at once: there
 CHUNK = 1 << 25  # logits of a chunk, 128 MiB in float32: smaller ones make the matrix products thin and slow
 
 
+class Vocabulary(Protocol):
+    """The ranks that each have a part of the head: the ids from `begin` on."""
+
+    begin: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over those ranks."""
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Over those ranks."""
+
+
 def summed_loss(
-    hidden: Tensor, unembed: Tensor, labels: Tensor, fused: Literal["auto", "on", "off"] = "auto"
+    hidden: Tensor,
+    unembed: Tensor,
+    labels: Tensor,
+    fused: Literal["auto", "on", "off"] = "auto",
+    vocabulary: Vocabulary | None = None,
 ) -> Tensor:
     """The sum of the losses of the labels that are not -100, a float32 scalar (float64 if `hidden` is).
 
@@ -26,8 +42,12 @@ def summed_loss(
         unembed: (V, D).
         labels: (...) int64.
         fused: whether it is made in chunks (on), from whole logits (off), or in chunks where they are large (auto).
+        vocabulary: `unembed` is this rank's part of it, and the loss is made in chunks. Every rank has the whole loss, and
+            the gradient that its part gives `hidden`.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    if vocabulary is not None:
+        fused = "on"
     if fused == "off" or (fused == "auto" and hidden.shape[0] * unembed.shape[0] <= WHOLE):
         logits = F.linear(hidden, unembed)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -37,31 +57,38 @@ def summed_loss(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     if not torch.is_grad_enabled():
-        return _in_chunks(hidden, unembed, labels, dtype, (False, False))[0]
-    loss: Tensor = _ChunkedLoss.apply(hidden, unembed, labels, dtype)
+        return _in_chunks(hidden, unembed, labels, dtype, (False, False), vocabulary)[0]
+    loss: Tensor = _ChunkedLoss.apply(hidden, unembed, labels, dtype, vocabulary)
     return loss
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, unembed: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        total, *grads = _in_chunks(hidden, unembed, labels, dtype, ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, hidden: Tensor, unembed: Tensor, labels: Tensor, dtype: torch.dtype, vocabulary: Vocabulary | None
+    ) -> Tensor:
+        total, *grads = _in_chunks(hidden, unembed, labels, dtype, ctx.needs_input_grad[:2], vocabulary)
         ctx.save_for_backward(*grads)
         ctx.dtypes = hidden.dtype, unembed.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         of_hidden, of_unembed = (
             None if grad is None else (grad * upstream[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return of_hidden, of_unembed, None, None
+        return of_hidden, of_unembed, None, None, None
 
 
 def _in_chunks(
-    hidden: Tensor, unembed: Tensor, labels: Tensor, dtype: torch.dtype, wanted: tuple[bool, bool]
+    hidden: Tensor,
+    unembed: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
+    vocabulary: Vocabulary | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, and its gradients by `hidden` and by `unembed` where they are wanted.
 
@@ -71,7 +98,7 @@ def _in_chunks(
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     h, w = hidden.to(dtype), unembed.to(dtype)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and vocabulary is None:
         return _for_a_compiler(h, w, labels, wide, wanted)
     chunks = -(-len(h) * len(w) // CHUNK)
     rows = max(1, -(-len(h) // chunks))  # equal chunks: a thin last one would be slow
@@ -86,15 +113,22 @@ def _in_chunks(
         wide_chunk, narrow = buffer[: len(some)], narrow_buffer[: len(some)]
         torch.mm(some, w.T, out=narrow)
         logits = wide_chunk.copy_(narrow) if dtype != wide else wide_chunk
-        valid = y != IGNORED
-        y = torch.where(valid, y, 0)
+        valid = here = y != IGNORED
+        if vocabulary is not None:
+            y = y - vocabulary.begin
+            here = (y >= 0) & (y < len(w)) & valid
+        y = torch.where(here, y, 0)
         largest, of_label = logits.amax(1, keepdim=True), logits.gather(1, y)
+        if vocabulary is not None:
+            largest, of_label = vocabulary.largest(largest), vocabulary.sum(of_label * here)
         powers = logits.sub_(largest).exp_()
         normaliser = powers.sum(1, keepdim=True)
+        if vocabulary is not None:
+            normaliser = vocabulary.sum(normaliser)
         total += ((normaliser.log() + largest - of_label) * valid).sum()
         if not any(wanted):
             continue
-        grad = powers.mul_(valid / normaliser).scatter_add_(1, y, -valid.to(wide))
+        grad = powers.mul_(valid / normaliser).scatter_add_(1, y, -here.to(wide))
         if dtype != wide:
             narrow.copy_(grad)
         if by_hidden is not None:
