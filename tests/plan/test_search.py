@@ -256,7 +256,7 @@ def test_a_plan_is_said_and_written(place: Path) -> None:
 
 
 def test_a_script_can_ask_whether_it_fits() -> None:
-    large = ["data.batch=65536", "--gpu", "1GB", "--search-s", "1"]
+    large = ["data.batch=8192", "--gpu", "1GB", "--search-s", "1"]
     assert invoked(*large).exit_code == 0
     refused = invoked(*large, "--check")
     assert refused.exit_code == 1

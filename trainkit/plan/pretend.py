@@ -124,7 +124,7 @@ def _others(device: Device, size: int, kind: str) -> Iterator[None]:
 def _moved(parameters: Iterable[Any], buffers: Iterable[Any], device: torch.device) -> None:
     """What FSDP does first. A fake tensor that is given another's memory still says that it is where it was."""
     for tensor in (*parameters, *buffers):
-        if tensor.device != device:
+        if tensor.device != device and not tensor.is_meta:  # which is given memory once it is in slices
             tensor.data = tensor.detach().to(device)
             tensor.fake_device = device
 
