@@ -13,9 +13,26 @@ def every_choice() -> list[str]:
     return [f"{group}={c}" for group, found in choices().items() for c in found]
 
 
+ON_PAIRS = ["data.path=pairs.jsonl", "data.length=256", "model.adapter=lora", "start_from=base"]
 NEEDS = {
     "data=text": ["data.path=README.md"],
     "data=shards": ["data.path=anywhere"],
+    "task=dpo": [
+        "task=dpo",
+        "data=preferences",
+        "data.path=pairs.jsonl",
+        "data.length=256",
+        "model.adapter=lora",
+        "start_from=base",
+    ],
+    "data=preferences": [
+        "task=dpo",
+        "data=preferences",
+        "data.path=pairs.jsonl",
+        "data.length=256",
+        "model.adapter=lora",
+        "start_from=base",
+    ],
     "task=sft": ["data=chat", "data.path=chats.jsonl", "data.length=256"],
     "data=chat": ["task=sft", "data.path=chats.jsonl", "data.length=256"],
     "model=hf": [f"model.name={Path(__file__).parent / 'llama'}"],

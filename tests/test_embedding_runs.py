@@ -13,9 +13,10 @@ from tests.conftest import weights
 from tests.ranks import in_ranks
 from tests.short_runs import WORDS
 from tests.test_embedding import IDS, LOSSES
-from trainkit import build, embed, floors, use
+from trainkit import build, embed, floors, say, use
 from trainkit import run as runs
 from trainkit.errors import UserError
+from trainkit.opened import opened, tokenizer_of
 from trainkit.plan.cards import Card
 from trainkit.plan.planned import Setting, plan
 from trainkit.trainer import Trainer
@@ -134,10 +135,8 @@ def test_vectors_of_lines_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch
 
     found = written()
     model = trainer.learner.model.eval()
-    loaded, _ = use.opened("a", Path("runs"))
-    from trainkit.data import tokenizers
-
-    tokenizer = tokenizers.load(loaded.files["tokenizer.json"])
+    loaded, _ = opened("a", Path("runs"))
+    tokenizer = tokenizer_of(loaded)
     before, behind = tokenizer.template()
     for line, vector in zip(lines, found, strict=True):
         ids = [*before, *tokenizer.encode(line).tolist()[:10], *behind]
@@ -163,7 +162,7 @@ def test_an_evaluation_stands_beside_its_floors(capsys: pytest.CaptureFixture[st
     use.evaluate("a", [], Path("runs"), quantize="int8", as_json=False)
     assert "untrained" in capsys.readouterr().out
     with pytest.raises(UserError, match="writes no text"):
-        use.generate("a", "x", 1, 0.0, None, None, 0, "cpu", None, Path("runs"))
+        say.generate("a", "x", Path("runs"), prompts=None, talk=False, system=None, rows=1, device="cpu", quantize=None)
     with pytest.raises(UserError, match="learns from pairs, and data=text has text"):
         use.evaluate("a", ["data=moby-dick"], Path("runs"), quantize=None, as_json=True)
 

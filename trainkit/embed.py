@@ -16,13 +16,12 @@ from torch.nn import functional as F
 from trainkit import build, floors, hardware, use
 from trainkit import run as runs
 from trainkit.checkpoint import Loaded
-from trainkit.data import tokenizers
 from trainkit.data.pair_corpus import PairRows
 from trainkit.data.pair_table import ends
 from trainkit.data.tokenizers import Tokenizer
 from trainkit.errors import UserError
 from trainkit.learner import load_model
-from trainkit.opened import opened
+from trainkit.opened import opened, tokenizer_of
 from trainkit.progress import bytes_bar
 from trainkit.run import Run
 
@@ -58,7 +57,7 @@ class Encoder:
         """
         if run.task.takes != "pairs":
             raise UserError(f"{run.name} has learned task={run.task.kind}, which makes no vectors: use task=embedding")
-        tokenizer = tokenizers.load(loaded.files.get("tokenizer.json", b""))
+        tokenizer = tokenizer_of(loaded)
         place = hardware.choose(device)
         model = run.task.build(run.model.build()).to(place)
         load_model(model, loaded.tensors)
@@ -99,7 +98,7 @@ def report(loaded: Loaded, own: Run, overrides: list[str], *, quantize: str | No
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
     assert isinstance(run.data, PairRows)  # a run of this task has no other
     run.data.check()
-    tokenizer = tokenizers.load(loaded.files.get("tokenizer.json", b""))
+    tokenizer = tokenizer_of(loaded)
     with bytes_bar() as progress:
         corpus = run.data.open(progress, tokenizer)
     ranks = build.ranks(run)

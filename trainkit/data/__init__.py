@@ -18,6 +18,7 @@ from trainkit.data.cache import prepared
 from trainkit.data.chat import Chat
 from trainkit.data.loader import Loader, rows
 from trainkit.data.pairs import STSB, Pairs, WordNet
+from trainkit.data.preferences import Preferences
 from trainkit.data.prepare import Report
 from trainkit.data.shards import INDEX, Corpus, open_corpus
 from trainkit.data.sources import find
@@ -182,6 +183,6 @@ def _is_prepared(source: Source) -> bool:
     return (Path(source.path) / INDEX).is_file()
 
 
-Data = Text | Shards | Mixture | Chat | Pairs | WordNet | STSB
+Data = Text | Shards | Mixture | Chat | Preferences | Pairs | WordNet | STSB
 
-__all__ = ["STSB", "Chat", "Data", "Mixture", "Pairs", "Shards", "Source", "Text", "WordNet"]
+__all__ = ["STSB", "Chat", "Data", "Mixture", "Pairs", "Preferences", "Shards", "Source", "Text", "WordNet"]

@@ -166,13 +166,13 @@ def _opened(
             else:
                 text, spans_ = templates.with_spans(template, words, messages)
                 ids, begins = marked(tokenizer, text)
-                learned = _inside(begins, spans_)
+                learned = inside(begins, spans_)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         parts[number % every == every // 2].append((ids, learned or [True] * len(ids)))
     if not parts[1] and len(parts[0]) > 1:
         parts[1].append(parts[0].pop())
-    train, held_out = (_joined(part) for part in parts)
+    train, held_out = (joined(part) for part in parts)
     if not (train.learned.any() and held_out.learned.any()):
         raise UserError(f"{path} holds no two conversations in which an assistant says something")
     digest = hashlib.sha256(json.dumps(tokenizer.identity).encode())
@@ -220,7 +220,7 @@ def values(path: str, field: str | None) -> Iterator[tuple[str, Any]]:
             yield where, row if field is None else row[field]
 
 
-def _inside(begins: Sequence[int], spans_: Sequence[tuple[int, int]]) -> list[bool]:
+def inside(begins: Sequence[int], spans_: Sequence[tuple[int, int]]) -> list[bool]:
     """Whether each token begins inside one of the spans."""
     found, at = [], 0
     for place in begins:
@@ -230,7 +230,8 @@ def _inside(begins: Sequence[int], spans_: Sequence[tuple[int, int]]) -> list[bo
     return found
 
 
-def _joined(part: Sequence[tuple[list[int], list[bool]]]) -> Sequences:
+def joined(part: Sequence[tuple[list[int], list[bool]]]) -> Sequences:
+    """Ids, and whether each is learned, end to end."""
     return Sequences(
         np.array([i for ids, _ in part for i in ids], dtype=np.uint32),
         np.array([i for _, learned in part for i in learned], dtype=np.bool_),

@@ -72,4 +72,4 @@ def _with_its_tokenizer(tree: dict[str, Any], folder: str, given: Sequence[str])
     return {**tree, "data": {**data, "tokenizer": {"kind": KIND, "path": folder}}}
 
 
-READ_WITH_ONE = ("text", "mixture", "chat")  # kinds of data whose `tokenizer` reads their text
+READ_WITH_ONE = ("text", "mixture", "chat", "preferences")  # kinds of data whose `tokenizer` reads their text

@@ -7,6 +7,7 @@ arXiv:2305.14314): W is frozen in 4 bits.
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -70,10 +71,13 @@ class AdaptedLinear(FrozenLinear):
         self.lora_b = nn.Parameter(torch.zeros(out, cfg.rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
+        self.asleep = False
         self.magnitude = nn.Parameter(_lengths(self.whole(torch.float32))) if cfg.kind == "dora" else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
+        if self.asleep:
+            return y
         low = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b) * self.scale
         if self.magnitude is None:
             return y + low
@@ -116,6 +120,19 @@ class AdaptedLinear(FrozenLinear):
 def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """The layers of `model` with an adapter, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear))
+
+
+@contextmanager
+def asleep(model: nn.Module) -> Iterator[None]:
+    """`model` as it is without its adapters."""
+    layers = [layer for _, layer in adapted(model)]
+    for layer in layers:
+        layer.asleep = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.asleep = False
 
 
 def merged(model: nn.Module) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from trainkit.parallel.sizes import AXES, OWN, Shape, Sizes, refuse, sizes
 
 TIMEOUT = timedelta(minutes=10)  # a rank that says nothing for so long is taken for dead
 Size = Annotated[int, Ge(-1)]
+TRIED = ("causal_lm", "mlm", "embedding")  # tasks, of which `together` says what they cannot
 
 __all__ = ["ElsewhereError", "Group", "LostRankError", "Parallel", "Ranks", "Shape", "Sizes", "straggler"]
 
@@ -92,6 +93,10 @@ class Parallel:
 
     def check_run(self, **run: Any) -> None:
         """Raise ValueError, in one sentence, where something in the rest of a run cannot be shared so."""
+        if self.shared and (task := run["task"].kind) not in TRIED:
+            raise ValueError(
+                f"task={task} was not tried on ranks that share more than rows: use parallel=fsdp or parallel=ddp"
+            )
         checkpoint = run["memory"].checkpoint
         if self.schedule in SPLIT and "pp" in self.shared and checkpoint and checkpoint.selective:
             raise ValueError(

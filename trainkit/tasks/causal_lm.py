@@ -65,7 +65,7 @@ class NextToken:
             ranks.finish_sums()
             return {"loss": ranks.sum(loss), "own_loss": loss}
         total = torch.zeros((), device=count.device)
-        parts = list(_microbatches(batch, 1 if exact else microbatch))
+        parts = list(microbatches(batch, 1 if exact else microbatch))
         for number, rows in enumerate(parts):
             if exact:
                 exact.begin_row(number)
@@ -101,7 +101,7 @@ class NextToken:
             for batch in batches:
                 if stop():
                     return None
-                for rows in _microbatches(batch, microbatch or len(batch["tokens"])):
+                for rows in microbatches(batch, microbatch or len(batch["tokens"])):
                     loss = model(rows["tokens"], rows["labels"], rows.get("documents"))
                     sums += torch.stack([loss.double(), (rows["labels"] != IGNORED).sum(), rows["bytes"].sum()])
         finally:
@@ -173,6 +173,7 @@ class LanguageModel(nn.Module):
         return summed_loss(hidden, self.backbone.unembed, labels, self.fused_loss, self.vocabulary)  # type: ignore[arg-type]
 
 
-def _microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:
+def microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:
+    """A batch, so many rows at a time."""
     for begin in range(0, len(batch["tokens"]), rows):
         yield {name: tensor[begin : begin + rows] for name, tensor in batch.items()}
