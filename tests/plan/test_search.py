@@ -197,6 +197,15 @@ def test_the_largest_microbatch_is_found(most: int, rows: int) -> None:
     assert len(asked) == len(set(asked)) <= 4
 
 
+@pytest.mark.parametrize("most", [1, 2, 4, 8])
+def test_gradients_that_wait_for_other_rows_are_seen(most: int) -> None:
+    def at(size: int) -> Plan:
+        waiting = 20e9 if size < 16 else 0
+        return made(Setting(H100), int(60e9 * size / most + waiting), 1.0, size)
+
+    assert search.largest_microbatch(at, 16).microbatch == most
+
+
 def test_no_more_rows_are_tried_than_may_fit() -> None:
     asked: list[int] = []
 

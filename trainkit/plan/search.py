@@ -46,19 +46,25 @@ def largest_microbatch(of: OfRows, rows: int, most: int | None = None) -> Plan:
     """The plan of the most rows at once that fit, of all or a power of two; that of one row where not even one fits. More
     than `most` are not tried.
 
-    Bytes are convex in the rows, as the largest of what is linear in them: between two sizes they are below the line.
+    Bytes are convex in the rows, as the largest of what is linear in them: between two sizes they are below the line. Only all
+    rows at once have no gradients of those before them beside them, so that the first line may be too low.
     """
     sizes = [size for size in sizes_of(rows) if size <= (most or rows)]
     largest = of(sizes[-1])
     if largest.fits or sizes[-1] == 1 or not (best := of(1)).fits:
         return largest if largest.fits or sizes[-1] == 1 else best
-    slope = (largest.needed - best.needed) / (sizes[-1] - 1)
-    room = best.setting.card.bytes - best.needed
-    below = [size for size in sizes if slope * (size - 1) <= room]
-    for size in [*below[1:][-1:], *sizes[len(below) : -1]]:
-        if not (found := of(size)).fits:
+    one, room = best, best.setting.card.bytes - best.needed
+    while len(sizes) > 2:
+        slope = (largest.needed - one.needed) / (sizes[-1] - 1)
+        below = [size for size in sizes[:-1] if slope * (size - 1) <= room]
+        size = max(below[-1], best.microbatch)
+        size = size if size > best.microbatch else next((s for s in sizes[:-1] if s > best.microbatch), 0)
+        if not size:
             break
-        best = found
+        if (found := of(size)).fits:
+            best, sizes = found, [1, *(s for s in sizes if s > size)]
+        else:
+            largest, sizes = found, [s for s in sizes if s <= size]
     return best
 
 
