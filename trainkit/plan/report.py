@@ -39,7 +39,9 @@ def show_found(found: Sequence[Found], cut_short: bool) -> None:
     """What would fit, or what comes nearest."""
     console = Console(highlight=False, soft_wrap=True)
     fit = [f for f in found if f.plan.fits]
-    console.print("what fits, exact ways first, the fastest of them first:" if fit else "nothing fits; the nearest:")
+    nothing = "nothing that fits was found in time" if cut_short else "nothing fits"
+    near = "; the nearest:" if found else ""
+    console.print("what fits, exact ways first, the fastest of them first:" if fit else nothing + near)
     shown = list(fit or found)[:SHOWN]
     if fit and (least := min(fit, key=lambda f: f.plan.host_bytes)) not in shown:
         shown.append(least)  # a machine's own memory may be what is short
