@@ -70,3 +70,13 @@ def test_a_person_brings_choices_of_their_own(tmp_path: Path) -> None:
     assert runs.composed(["model=mine"], tmp_path).model == runs.composed(["model=tiny"]).model
     with pytest.raises(UserError, match="model has no choice 'mine'"):
         runs.composed(["model=mine"])
+
+
+def test_a_task_names_the_data_that_it_takes() -> None:
+    for task in choices()["task"]:
+        with pytest.raises(UserError, match="learns from") as refused:
+            runs.composed([f"task={task}", "data=chat" if task != "sft" else "data=moby-dick"])
+        named = str(refused.value).split("use data=")[1].replace(" or ", ", ").split(", ")
+        kinds = {runs.composed([f"data={n}", *NEEDS.get(f"data={n}", [])]).data.gives for n in named}
+        assert len(kinds) == 1
+        assert f"learns from {kinds.pop()}" in str(refused.value)

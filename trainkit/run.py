@@ -42,6 +42,12 @@ from trainkit.trees import flat, get, put, what
 
 HOW_GROUPS = ("memory", "parallel", "checkpoint", "guard", "evaluation", "tracking", "profile", "speed")
 FILE = "run.yaml"
+GIVE = {  # which data have what a task takes
+    "text": "text, shards or mixture",
+    "pairs": "pairs, wordnet or stsb",
+    "conversations": "chat",
+    "preferences": "preferences",
+}
 
 
 @config
@@ -81,7 +87,8 @@ class Run:
         self.schedule.check(self.steps)
         if self.data.gives != self.task.takes:
             raise ValueError(
-                f"task={self.task.kind} learns from {self.task.takes}, and data={self.data.kind} has {self.data.gives}"
+                f"task={self.task.kind} learns from {self.task.takes}, and data={self.data.kind} has {self.data.gives}: "
+                f"use data={GIVE[self.task.takes]}"
             )
         self.memory.check(
             **{name: getattr(self, name) for name in ("optimizer", "clip", "precision", "guard", "parallel")},

@@ -59,7 +59,9 @@ def test_hybrid_slices_lie_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (4, "parallel=single", "parallel=single trains in one process, but torchrun started 4"),
         (4, "parallel=fsdp parallel.tp=3", r"4 ranks do not divide by parallel.tp=3: use parallel.tp=1, 2 or 4"),
-        (6, "parallel.tp=2 parallel.cp=2", r"parallel.cp=2 × parallel.tp=2 is 4 ranks, and there are 6: add parallel.dp_sh"),
+        (6, "parallel.tp=2 parallel.cp=2", "is 4 ranks, and there are 6: use sizes whose product is 2, 3 or 6"),
+        (4, "parallel.tp=2", r"parallel.tp=2 is 2 ranks, and there are 4: add parallel.dp_shard=-1 for the rest"),
+        (1, "parallel.tp=2", r"parallel.tp=2 is 2 ranks, and there are 1: start 2 with torchrun"),
         (8, "parallel=ddp parallel.tp=2 parallel.cp=3", "parallel.cp=3 × parallel.tp=2, which is 6: use sizes"),
         (4, "parallel=tp", r"model.attention.heads=2 does not divide by parallel.tp=4: use 1 or 2"),
         (2, "parallel=tp model.attention.kv_heads=1", "model.attention.kv_heads=1 does not divide by parallel.tp=2: use 1"),

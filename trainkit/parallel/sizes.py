@@ -89,7 +89,9 @@ def _does_not_make(kind: str, asked: dict[str, int], rest: str | None, fixed: in
         )
     said = " × ".join(f"parallel.{axis}={n}" for axis, n in asked.items())
     if rest is None:
-        return f"{said} is {fixed} ranks, and there are {world}: add parallel.dp_shard=-1 for the rest"
+        more = f"start {fixed} with torchrun" if world < fixed else f"use sizes whose product is {_near(fixed, world)}"
+        todo = more if world % fixed else "add parallel.dp_shard=-1 for the rest"
+        return f"{said} is {fixed} ranks, and there are {world}: {todo}"
     if len(asked) == 1:
         ((axis, n),) = asked.items()
         return f"{world} ranks do not divide by {said}: use parallel.{axis}={_near(n, world)}"
