@@ -30,7 +30,7 @@ from trainkit.tasks.generate import generate
 PHASES = ("training", "evaluation", "saving", "resuming")
 TINY, CHAR, M50, GPT2 = "model=tiny", "model=char-small", "model=M50", "model=gpt2"
 CHECKPOINT, OFFLOAD, BOTH = "memory=checkpoint", "memory=offload_activations", "memory=checkpoint+offload_activations"
-ONE = "one-document"
+ONE, START = "one-document", "start_from=base"  # of which nothing is read here
 CPU = torch.device("cpu")
 CELLS = [
     [TINY, "data.batch=16"],
@@ -63,6 +63,21 @@ CELLS = [
     [GPT2, "data.batch=4", CHECKPOINT, ONE],
     [GPT2, "data.batch=4", CHECKPOINT, "precision=bf16"],
     [GPT2, "data.batch=1", "data.length=1024", BOTH],
+    [CHAR, "data.batch=8", "memory=8bit"],
+    [CHAR, "data.batch=8", "memory=4bit+checkpoint", "precision=bf16"],
+    [CHAR, "data.batch=8", "memory=fp8", "memory.microbatch=2"],
+    [CHAR, "data.batch=8", "memory=offload_optimizer"],
+    [CHAR, "data.batch=8", "memory=8bit+offload_optimizer+checkpoint"],
+    [CHAR, "data.batch=8", "memory=step_in_backward", "clip=0"],
+    [CHAR, "data.batch=8", "memory=8bit+checkpoint+step_in_backward", "clip=0", "precision=bf16"],
+    [CHAR, "data.batch=8", "memory=stream"],
+    [CHAR, "data.batch=8", "memory=checkpoint+stream", "precision=bf16", "memory.microbatch=2"],
+    [CHAR, "data.batch=8", "memory=selective"],
+    [CHAR, "data.batch=8", "precision=bf16_pure"],
+    [CHAR, "data.batch=8", "precision=bf16_master", CHECKPOINT],
+    [CHAR, "data.batch=8", "model.adapter=lora", START],
+    [CHAR, "data.batch=8", "model.adapter=qlora", START, "precision=bf16", CHECKPOINT],
+    [CHAR, "data.batch=8", "model.adapter=dora", START],
 ]
 SMALLER = ["data=text", "data.path=corpus", "data.length=128", "data.validation=0.3", "evaluation.sample_tokens=16"]
 
@@ -88,7 +103,8 @@ def measured(cell: list[str]) -> dict[str, int]:
     run = composed(cell)
     corpus, folder = run.data.open(), Path("run")
     with Allocations(torch.nn.Module(), device=CPU) as first:
-        it = build.learner(run, corpus, build.ranks(run))
+        ranks = build.ranks(run)
+        it = build.learner(run, corpus, ranks)
         checkpointer = run.checkpoint.build(folder, higher_is_better=False, versions={})
         checkpointer.preflight(1)
         with first.phase("training"):
@@ -105,12 +121,13 @@ def measured(cell: list[str]) -> dict[str, int]:
             assert outcome.error is None, outcome.error
     del it, checkpointer
     with Allocations(torch.nn.Module(), device=CPU) as second:
-        it = build.learner(run, corpus, build.ranks(run))
+        it = build.learner(run, corpus, ranks)
         checkpointer = run.checkpoint.build(folder, higher_is_better=False, versions={})
         with second.phase("resuming"):
             found = checkpointer.load_latest(it.places)
             assert found is not None
             it.load(found.tensors, found.state["learner"])
+    ranks.leave()
     phases = first.by_phase | {"resuming": second.by_phase["resuming"]}
     return {name: phases[name].peak for name in PHASES}
 
@@ -120,7 +137,7 @@ _FACTS = {"metric": None, "val_loss": None, "epoch": 0.0, "epoch_end": False, "t
 
 def _evaluate(run: Run, it: Any) -> None:
     batches = it.loader.validation(2)
-    assert run.task.evaluate(it.model, batches, ranks=it.ranks, stop=lambda: False) is not None
+    assert it.evaluate(batches, stop=lambda: False) is not None
     written = generate(it.model, [10], tokens=run.evaluation.sample_tokens, context=run.model.context, seed=0)
     assert len(list(written)) == run.evaluation.sample_tokens
 

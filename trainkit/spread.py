@@ -100,7 +100,8 @@ def model(run: Run, ranks: Ranks) -> nn.Module:
     empty = run.model if ranks.slices and _begins_empty(run) and isinstance(run.model, Decoder) else None
     backbone = empty.frame() if empty else run.model.build()
     made = run.task.build(backbone)
-    made = run.speed.apply(run.precision.apply(made if empty else made.to(ranks.home), ranks.device))
+    made = run.precision.apply(made, ranks.device)
+    made = run.speed.apply(made if empty else made.to(ranks.home))  # in its own format it takes less room there
     made = run.memory.apply(made, compiled=run.compile != "off")  # over whole blocks, before anything else wraps them
     ranks.divide(made, partial(_cuts, backbone))
     for stage in ranks.stages:

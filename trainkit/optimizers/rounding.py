@@ -14,7 +14,7 @@ every device, and however the parameter is sliced over ranks.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -89,11 +89,15 @@ def write(parameter: Tensor, wide: Tensor, key: int | None) -> None:
     begin = _begins_at(parameter)
     into, given = (_local(t).view(-1) for t in (parameter, wide.contiguous()))
     chunk = CHUNK if into.device.type == "cpu" else BUCKET
-    for i in range(0, len(given), chunk):
+    for i in _begins(len(given), chunk):
         some = given[i : i + chunk]
         drawn = random_bits(begin + i, len(some), key, some.device)
         up_or_down = drawn.add_(some.view(torch.int32)).bitwise_and_(~_LOW).view(torch.float32)
         into[i : i + chunk] = torch.where(some.isfinite(), up_or_down, some)
+
+
+def _begins(count: int, chunk: int) -> Iterable[int]:
+    return range(0, count, chunk)
 
 
 def random_bits(begin: int, count: int, key: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from trainkit.plan.kernels import Device, Work
 
 LAUNCH_S = 5e-6  # a kernel's launch, which hides behind the one before where that takes longer
 EFFICIENCY = {"cuda": 0.65, "cpu": 0.9}  # share of the peak that a large matrix product reaches; a CPU's is measured
+HOST_MEMORY = 50.0  # GB/s that a host reads and writes of its own, as an optimizer's step there does
 STREAMING = 0.8  # share of the bandwidth that a pointwise kernel reaches
 # beside what the allocator counts: CUDA's context and kernels, what the allocator cannot use because it lies in pieces
 CONTEXT, FRAGMENTS, NCCL = 600 << 20, 0.03, 400 << 20
@@ -64,9 +65,10 @@ class Card:
             arithmetic = w.flops / (self.rate(w.dtype, tf32) * efficiency)
             traffic = w.bytes / (self.bandwidth * 1e9 * STREAMING)
             moved = w.moved / (self.host * 1e9)
-            own += max(arithmetic, traffic, LAUNCH_S if self.cuda else 0.0) + (0.0 if w.beside else moved)
-            beside += moved if w.beside else 0.0
-            sent += w.sent / (self.link * 1e9)
+            here = max(arithmetic, traffic, LAUNCH_S if self.cuda and not w.on_host else 0.0)
+            own += w.times * (here + w.on_host / (HOST_MEMORY * 1e9) + (0.0 if w.beside else moved))
+            beside += w.times * moved if w.beside else 0.0
+            sent += w.times * w.sent / (self.link * 1e9)
         return max(own, beside, sent)
 
     def needed(self, allocated: int, ranks: int) -> int:

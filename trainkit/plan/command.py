@@ -9,7 +9,7 @@ import typer
 
 from trainkit.errors import DONE, FAILED, UserError
 
-SEARCH_S = 240.0
+SEARCH_S = 60.0
 
 
 def add_to(app: typer.Typer, words: Any, folder: Any) -> None:
@@ -73,8 +73,8 @@ def planned(
     from trainkit import run as runs
     from trainkit.plan import cards as known
     from trainkit.plan import report
-    from trainkit.plan.planned import Setting, check, plan, with_microbatch
-    from trainkit.plan.search import Search, largest_microbatch
+    from trainkit.plan.planned import Setting, check, plan
+    from trainkit.plan.search import Search, largest_microbatch, planner
 
     run = runs.composed(overrides, config_dir)
     setting = Setting(known.find(gpu), ranks, efficiency, documents, price)
@@ -85,20 +85,15 @@ def planned(
     if not (search and several):
         made = plan(run, setting)
         fits = made.fits
-
-        def at(size: int) -> Any:
-            return made if size == made.microbatch else plan(with_microbatch(run, size), setting)
-
-        most = made if fits and made.microbatch == rows else largest_microbatch(at, rows)
-        report.show(made, run.memory.describe(), most.microbatch if most else None)
+        most = made if fits and made.microbatch == rows else largest_microbatch(planner(run, setting), rows)
+        report.show(made, run.memory.describe(), most.microbatch if most.fits else None)
         cells.append(report.cell(made, overrides, run.memory.describe()))
     if search or not fits:
         seeking = Search(overrides, config_dir, setting, search_s, _tell)
         found = seeking.best()
         report.show_found(found, seeking.cut_short)
         for f in found:
-            memory = runs.composed(list(f.overrides), config_dir).memory.describe()
-            cells.append({**report.cell(f.plan, f.overrides, memory), "grade": f.grade, "command": report.command(f)})
+            cells.append({**report.cell(f.plan, f.overrides, f.memory), "grade": f.grade, "command": report.command(f)})
     if json_ is not None:
         report.write(json_, cells)
     return fits

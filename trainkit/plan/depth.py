@@ -10,9 +10,16 @@ PERIODS = (1, 2, 3, 4)  # a strategy may treat every second block, or every thir
 AGREES = 1e-3
 
 
-def of_depth(depth: int, trace: Callable[[int], Numbers]) -> tuple[Numbers, list[int]]:
-    """What a model of `depth` blocks takes, and the depths that were traced to know it."""
-    known: dict[int, Numbers] = {}
+def of_depth(
+    depth: int, trace: Callable[[int], Numbers], *, sure: bool = True, known: dict[int, Numbers] | None = None
+) -> tuple[Numbers, list[int]]:
+    """What a model of `depth` blocks takes, and the depths that were traced to know it.
+
+    Args:
+        sure: whether a third depth is asked. Without it two are believed.
+        known: what was traced before, by depth; what is traced now is put there.
+    """
+    known = {} if known is None else known
 
     def at(d: int) -> Numbers:
         if d not in known:
@@ -24,9 +31,11 @@ def of_depth(depth: int, trace: Callable[[int], Numbers]) -> tuple[Numbers, list
         depths = [low + i * period for i in range(3)]
         if depth <= depths[-1] or sum({*depths} - known.keys()) > depth:
             break
-        one, two, three = (at(d) for d in depths)
-        if _agree(three, _line(one, two, 2.0)):
-            return _line(one, two, (depth - low) / period), sorted(known)
+        line = _line(at(depths[0]), at(depths[1]), (depth - low) / period)
+        if not sure:
+            return line, depths[:2]
+        if _agree(at(depths[2]), _line(at(depths[0]), at(depths[1]), 2.0)):
+            return line, sorted(known)
     return at(depth), [depth]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
@@ -43,17 +44,26 @@ class Device:
 
 @dataclass
 class Work:
-    """What an op costs: operations in `dtype`, bytes read and written, bytes that go between host and device, bytes that
-    this rank sends to others; `beside`: the transfer waits for nobody."""
+    """What an op costs: operations in `dtype`, bytes read and written, those that the host reads and writes in its own
+    memory, bytes that go between host and device, bytes that this rank sends to others; `beside`: the transfer waits for
+    nobody. It is done `times` over."""
 
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
     bytes: int = 0
+    on_host: int = 0
     moved: int = 0
     sent: int = 0
     beside: bool = False
     phase: str = ""
     forward: int = 0  # how many forwards the step had begun
+    times: int = 1
+
+
+def where(tensor: Tensor) -> torch.device:
+    """The device that it says it is on. To ask a fake tensor in the usual way takes its time."""
+    found: torch.device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return found
 
 
 def workspace(func: Any, args: Any, inputs: Sequence[Tensor], made: Sequence[Tensor], device: Device) -> int:
@@ -80,12 +90,13 @@ def work(
     if func.is_view or name.startswith(("prim::", "profiler::")) or not (inputs or made):
         return None
     tensors = [*inputs, *made]
-    if len({t.device for t in tensors if t.ndim}) > 1:
+    places = {where(t) for t in tensors if t.ndim}
+    if len(places) > 1:
         moved = max(t.nbytes for t in tensors if t.ndim)
         beside = bool(kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2]))
         return Work(moved=moved, beside=beside)
-    if all(t.device != device.torch for t in tensors):
-        return None
+    if device.torch not in (places or {where(t) for t in tensors}):
+        return Work(on_host=sum(t.nbytes for t in tensors))
     if func in _LOOKUPS:
         size = 2 * min(t.nbytes for t in tensors if t.is_floating_point()) if tensors else 0
         return Work(bytes=size)

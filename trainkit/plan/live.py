@@ -5,19 +5,18 @@ A storage lives from the op that makes it until Python and autograd let go of it
 takes for itself while it runs is `kernels.workspace`'s word.
 """
 
-import sys
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
@@ -25,7 +24,8 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
-from trainkit.plan.kernels import Device, Work, work, workspace
+from trainkit.plan.engine import alone, called_by_the_engine, references
+from trainkit.plan.kernels import Device, Work, where, work, workspace
 
 aten = torch.ops.aten
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")
@@ -48,11 +48,17 @@ class _Block:
     here: bool
 
 
-class Live(TorchDispatchMode):
-    """Follows what `device` holds; all else is host memory. `peaks` and `host_peaks` are by place, `done` is the work."""
+class OutOfTimeError(RuntimeError):
+    """It is later than a trace may take."""
 
-    def __init__(self, device: Device) -> None:
+
+class Live(TorchDispatchMode):
+    """Follows what `device` holds; all else is host memory. `peaks` and `host_peaks` are by place, `done` is the work. It
+    raises OutOfTimeError soon after `time.monotonic()` is at `until`."""
+
+    def __init__(self, device: Device, until: float | None = None) -> None:
         super().__init__()
+        self.until = until
         self.device = device
         self.held: Counter[str] = Counter()
         self.host = 0
@@ -65,7 +71,7 @@ class Live(TorchDispatchMode):
         self._blocks: dict[int, _Block] = {}
         self._after_backward = False
         self._unseen = False
-        self._alone = _alone()
+        self._alone = alone()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
@@ -82,11 +88,19 @@ class Live(TorchDispatchMode):
         for tensor in made:
             self._enter(tensor)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if self._unseen:
+            return out
         self._look(workspace(func, args, inputs, made, self.device))
         if (cost := work(func, args, kwargs, inputs, made, self.device)) is not None:
-            cost.phase, cost.forward = self.now(), self.forwards
-            self.done.append(cost)
+            self.count(cost)
         return out
+
+    def count(self, cost: Work) -> None:
+        """Something was done that takes time."""
+        if self._unseen:
+            return
+        cost.phase, cost.forward = self.now(), self.forwards
+        self.done.append(cost)
 
     def now(self) -> str:
         """The phase that this is."""
@@ -109,7 +123,13 @@ class Live(TorchDispatchMode):
 
     def forget(self) -> None:
         """Begin to count work anew."""
+        self.in_time()
         self.done, self.forwards = [], 0
+
+    def in_time(self) -> None:
+        """Raise OutOfTimeError when it is too late. Not in a backward: C++ that may not throw would end the process."""
+        if self.until is not None and time.monotonic() > self.until and torch._C._current_graph_task_id() == -1:
+            raise OutOfTimeError
 
     def __enter__(self) -> "Live":
         """Storages that are resized (FSDP does) change what is held, too."""
@@ -135,6 +155,7 @@ class Live(TorchDispatchMode):
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """What happens inside is that phase."""
+        self.in_time()
         self.phase = phase
         self._look(0)
         yield
@@ -144,9 +165,9 @@ class Live(TorchDispatchMode):
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """What is made inside takes nothing."""
-        self._unseen = True
+        before, self._unseen = self._unseen, True
         yield
-        self._unseen = False
+        self._unseen = before
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Know parameters, gradients and state, and at which block a step is: the first, an inner one, the last, or before
@@ -154,6 +175,7 @@ class Live(TorchDispatchMode):
         parameters = [p for p in model.parameters() if p.requires_grad]
 
         def name_gradients(*_: Any) -> None:
+            self.in_time()
             self.label([p.grad for p in parameters if p.grad is not None], "gradients")
 
         def name_state(*_: Any) -> None:
@@ -181,6 +203,7 @@ class Live(TorchDispatchMode):
 
     def _entering(self, part: str, number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
+            self.in_time()
             self.part = part
             if number == 0 and isinstance(args[0], Tensor) and args[0].requires_grad:
                 args[0].register_hook(lambda grad: self._at("before"))
@@ -205,7 +228,7 @@ class Live(TorchDispatchMode):
         if key in self._blocks:
             return
         size = 0 if self._unseen else size
-        here = tensor.device == self.device.torch
+        here = where(tensor) == self.device.torch
         category = "activations" if torch.is_grad_enabled() and self.phase is None else "temporary"
         block = _Block(size, category, here)
         self._blocks[key] = block
@@ -239,11 +262,11 @@ class Live(TorchDispatchMode):
             return None
         if torch.is_grad_enabled() or args[0].shape != args[1].shape or args[0].dtype != args[1].dtype:
             return None
-        if not _called_by_the_engine():
+        if not called_by_the_engine():
             return None
         held = args[0]
-        alone = _references(held) <= self._alone and held.untyped_storage().nbytes() == held.nbytes
-        return (held, args[1]) if alone else None
+        free = references(held) <= self._alone and held.untyped_storage().nbytes() == held.nbytes
+        return (held, args[1]) if free else None
 
 
 def plain(tensor: Tensor) -> Iterator[Tensor]:
@@ -256,35 +279,3 @@ def plain(tensor: Tensor) -> Iterator[Tensor]:
         part = getattr(tensor, name)
         if isinstance(part, Tensor):
             yield from plain(part)
-
-
-def _references(tensor: Tensor) -> tuple[int, int]:
-    """How many hold the tensor and its storage, as torch counts."""
-    uses: int = tensor._use_count()  # type: ignore[attr-defined]  # it has it
-    return uses, torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-@cache
-def _alone() -> tuple[int, int]:
-    """Those counts of a gradient that only autograd's buffer holds, where it sums: found out on the spot, because they
-    differ between releases."""
-    seen: list[tuple[int, int]] = []
-
-    class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is aten.add.Tensor:
-                seen.append(_references(args[0]))
-            return func(*args, **(kwargs or {}))
-
-    with FakeTensorMode(), torch.enable_grad(), Counting():
-        x = torch.ones(2, requires_grad=True) * 2
-        torch.stack([x.sin(), x.cos()]).sum().backward()
-    return max(seen)
-
-
-def _called_by_the_engine() -> bool:
-    """Whether autograd itself asks, and no function's backward."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_name in ("_fn", "inner", "__torch_dispatch__"):
-        frame = frame.f_back
-    return frame.f_code.co_name == "_engine_run_backward"

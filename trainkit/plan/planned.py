@@ -8,7 +8,7 @@ from trainkit.errors import UserError
 from trainkit.models import Foreign
 from trainkit.plan.cards import EFFICIENCY, Card
 from trainkit.plan.depth import of_depth
-from trainkit.plan.live import CATEGORIES, STEP
+from trainkit.plan.live import CATEGORIES, STEP, OutOfTimeError
 from trainkit.plan.trace import Numbers, microbatch, trace
 from trainkit.run import Run
 
@@ -51,6 +51,7 @@ class Plan:
     tokens_per_step: int
     step_s: float
     depths: tuple[int, ...]  # that were traced
+    compile: str = "off"  # as the run asks; what is planned is eager
 
     @property
     def fits(self) -> bool:
@@ -74,20 +75,39 @@ class Plan:
         return None if price is None else self.hours * price * self.setting.ranks
 
 
-def plan(run: Run, setting: Setting, *, whole: bool = False) -> Plan:
-    """What `run` takes. `whole` traces every block, where otherwise a few say it of all.
+def plan(
+    run: Run,
+    setting: Setting,
+    *,
+    whole: bool = False,
+    sure: bool = True,
+    known: dict[int, Numbers] | None = None,
+    until: float | None = None,
+) -> Plan:
+    """What `run` takes.
+
+    Args:
+        whole: trace every block, where otherwise a few say it of all.
+        sure, known: as `depth.of_depth` has them.
+        until: when `time.monotonic()` is at this, it ends.
 
     Raises:
+        OutOfTimeError: it is that late.
         UserError: the batch does not divide over the ranks, several ranks have nothing to do, or a strategy cannot be
             traced.
     """
     check(run, setting.ranks)
     card = setting.card
     seconds = partial(card.seconds, efficiency=setting.share, tf32=run.precision.tf32)
-    tracing = partial(trace, run, card.device(setting.ranks), seconds, documents=setting.documents)
+    tracing = partial(trace, run, card.device(setting.ranks), seconds, documents=setting.documents, until=until)
     depth, whole = run.model.depth, whole or isinstance(run.model, Foreign)  # of which nothing can be left out
     try:
-        numbers, depths = (tracing(), [depth]) if whole else of_depth(depth, lambda d: tracing(depth=d))
+        if whole:
+            numbers, depths = tracing(), [depth]
+        else:
+            numbers, depths = of_depth(depth, lambda d: tracing(depth=d), sure=sure, known=known)
+    except OutOfTimeError:
+        raise
     except RuntimeError as error:  # of an operator that fake tensors cannot take the place of
         why = str(error).splitlines()[0]
         raise UserError(
@@ -114,6 +134,7 @@ def plan(run: Run, setting: Setting, *, whole: bool = False) -> Plan:
         tokens_per_step=run.data.batch * run.data.length,
         step_s=_sum(numbers, "seconds"),
         depths=tuple(depths),
+        compile=run.compile,
     )
 
 

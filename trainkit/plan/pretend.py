@@ -1,7 +1,7 @@
 """A learner that is real but for its numbers: built by `build.learner` on fake tensors, for a device that need not be here.
 
 A GPU's tensors are fakes on `cpu:1`: torch's CPU kernels are the ones that every build knows, and a number of its own
-tells the device's tensors from the host's. What CUDA does otherwise is in `_attention`, `_norm` and `kernels`.
+tells the device's tensors from the host's. What CUDA does otherwise is in `stand_ins` and `kernels`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn import functional as F
 
 from trainkit import build
 from trainkit.learner import Learner
@@ -80,34 +79,6 @@ def _zeros(tensor: Tensor, real: Any = Tensor.tolist) -> Any:
     return [0.0] * tensor.numel() if isinstance(tensor, FakeTensor) else real(tensor)
 
 
-def _attention(*args: Any, real: Any = F.scaled_dot_product_attention, **kwargs: Any) -> Tensor:
-    """CUDA's kernels make dropout themselves, where the CPU's would keep every score."""
-    out: Tensor = real(*args, **{**kwargs, "dropout_p": 0.0})
-    return out
-
-
-def _norm(
-    x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None, real: Any = F.rms_norm
-) -> Tensor:
-    """RMSNorm is one kernel on CUDA, where the CPU's is several that keep what is between them."""
-    out: Tensor = real(x, shape, weight, eps) if weight is None else _FusedNorm.apply(x, weight)
-    return out
-
-
-class _FusedNorm(torch.autograd.Function):
-    """RMSNorm in one kernel: it keeps its input and one number a row (aten::_fused_rms_norm)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, torch.empty_like(x[..., :1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
-
-
 @contextmanager
 def pretending(device: Device, ranks: Ranks) -> Iterator[None]:
     """Inside, new tensors are fake."""
@@ -117,9 +88,6 @@ def pretending(device: Device, ranks: Ranks) -> Iterator[None]:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _replaced))
         stack.enter_context(mock.patch.object(Tensor, "tolist", _zeros))
-        if device.cuda:
-            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
-            stack.enter_context(mock.patch.object(F, "rms_norm", _norm))
         yield
 
 
@@ -134,7 +102,7 @@ def learner(run: Run, ranks: Ranks, batches: Batches) -> Learner:
 def _others(device: Device, size: int, kind: str) -> Iterator[None]:
     """Ranks that are not there. The mesh has to be made of real numbers, so before anything is fake."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp._fully_shard import _fully_shard
+    from torch.distributed.fsdp._fully_shard import _fsdp_init, _fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from trainkit.parallel import mesh
@@ -146,10 +114,19 @@ def _others(device: Device, size: int, kind: str) -> Iterator[None]:
         with (
             mock.patch.object(mesh, "init_device_mesh", return_value=found),
             mock.patch.object(_fully_shard, "_get_device_from_mesh", return_value=device.torch),
+            mock.patch.object(_fsdp_init, "_move_states_to_device", _moved),
         ):
             yield
     finally:
         dist.destroy_process_group()
+
+
+def _moved(parameters: Iterable[Any], buffers: Iterable[Any], device: torch.device) -> None:
+    """What FSDP does first. A fake tensor that is given another's memory still says that it is where it was."""
+    for tensor in (*parameters, *buffers):
+        if tensor.device != device and not tensor.is_meta:  # which is given memory once it is in slices
+            tensor.data = tensor.detach().to(device)
+            tensor.fake_device = device
 
 
 def _replaced(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:

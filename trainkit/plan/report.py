@@ -13,7 +13,7 @@ from trainkit.plan.planned import Plan
 from trainkit.plan.search import Found
 from trainkit.units import human_bytes, human_count, human_time
 
-SHOWN = 10
+SHOWN = 16
 
 
 def verdict(plan: Plan) -> str:
@@ -39,11 +39,17 @@ def show_found(found: Sequence[Found], cut_short: bool) -> None:
     """What would fit, or what comes nearest."""
     console = Console(highlight=False, soft_wrap=True)
     fit = [f for f in found if f.plan.fits]
-    console.print("what fits, exact ways first, the fastest of them first:" if fit else "nothing fits; the nearest:")
-    for f in (fit or found)[:SHOWN]:
+    nothing = "nothing that fits was found in time" if cut_short else "nothing fits"
+    near = "; the nearest:" if found else ""
+    console.print("what fits, exact ways first, the fastest of them first:" if fit else nothing + near)
+    shown = list(fit or found)[:SHOWN]
+    if fit and (least := min(fit, key=lambda f: f.plan.host_bytes)) not in shown:
+        shown.append(least)  # a machine's own memory may be what is short
+    for f in shown:
         p = f.plan
         speed = f"{human_count(p.tokens_per_s)} tokens/s" if p.fits else "too large"
-        console.print(f"  {human_bytes(p.needed):>10}  {speed:>16}  {f.grade}", markup=False)
+        host = f"  {human_bytes(p.host_bytes):>10} of the host" if p.setting.card.cuda else ""
+        console.print(f"  {human_bytes(p.needed):>10}{host}  {speed:>16}  {f.grade}", markup=False)
         console.print(f"    {command(f)}", markup=False)
     if cut_short:
         console.print("the search was cut short by its time limit: --search-s makes it longer")
@@ -65,9 +71,10 @@ def assumed(plan: Plan) -> str:
     rows = "rows of several documents" if setting.documents else "rows of one document"
     traced = f"traced on {blocks} blocks" + (" and extrapolated to all" if len(plan.depths) > 1 else "")
     share = f"matrix products at {setting.share:.0%} of the peak"
+    compiled = "not compiled" if plan.compile == "off" else f"compile={plan.compile} planned as eager"
     if not setting.card.cuda:
-        return f"{traced}; {rows}; not compiled; {share}, which was measured here"
-    return f"{traced}; {rows}; not compiled; {share}; figures for a GPU are not yet measured on one"
+        return f"{traced}; {rows}; {compiled}; {share}, which was measured here"
+    return f"{traced}; {rows}; {compiled}; {share}; figures for a GPU are not yet measured on one"
 
 
 def cell(plan: Plan, overrides: Sequence[str], memory: str) -> dict[str, Any]:
@@ -78,6 +85,7 @@ def cell(plan: Plan, overrides: Sequence[str], memory: str) -> dict[str, Any]:
         "gpu": plan.setting.card.name,
         "gpus": plan.setting.ranks,
         "microbatch": plan.microbatch,
+        "compile": plan.compile,
         "parameters": plan.parameters,
         "flops_per_token": plan.flops_per_token,
         "predicted_tokens_per_s": plan.tokens_per_s,
@@ -88,6 +96,7 @@ def cell(plan: Plan, overrides: Sequence[str], memory: str) -> dict[str, Any]:
         "predicted_device_bytes": plan.needed,
         "predicted_host_bytes": plan.host_bytes,
         "predicted_sent_bytes": plan.sent_bytes,
+        "predicted_moved_bytes": plan.moved_bytes,
         "predicted_checkpoint_bytes": plan.checkpoint_bytes,
         "predicted_hours": plan.hours,
         "predicted_cost": plan.cost,

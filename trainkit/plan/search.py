@@ -1,23 +1,24 @@
-"""What would fit: memory strategies and their combinations, each with the largest microbatch that leaves it on the device,
-then other precisions. New strategies are found in `conf/memory`, and judged by their `grade` alone."""
+"""What would fit. Arithmetic leaves out what cannot; of the rest, grade by grade, the ways that can be the fastest are traced
+first, each with the most rows at once that leave it on the device, until every grade has some or the time is up."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import combinations
 from pathlib import Path
 
 from trainkit import run as runs
-from trainkit.choices import choices
 from trainkit.errors import UserError
-from trainkit.plan.planned import KNOWN, Plan, Setting, plan, with_microbatch
+from trainkit.plan.bounds import least_bytes, least_seconds, most_rows, row_bytes, sizes_of
+from trainkit.plan.candidates import GRADES, Candidate, Candidates
+from trainkit.plan.live import OutOfTimeError
+from trainkit.plan.planned import Plan, Setting, plan, with_microbatch
 from trainkit.run import Run
 
-GRADES = ("exact", "reordered", "approximate", "changes what is learned")
-AT_ONCE = 2  # strategies of which every combination is tried; more only beside those that need the least
-BEAM = 4
-PRECISIONS = ("bf16", "fp16")  # and only what conf/precision has of them
+SHARE = 0.25  # of the time that is left, for one way at most
+ENOUGH, ENOUGH_CHANGED = 4, 1  # ways of a grade, and of a change of what is learned: then no more are looked for
 Tell = Callable[[str], None]
+OfRows = Callable[[int], Plan]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Found:
     overrides: tuple[str, ...]
     grade: str
     plan: Plan
+    memory: str
 
     @property
     def key(self) -> tuple[bool, int, float]:
@@ -34,100 +36,139 @@ class Found:
         return (not self.plan.fits, GRADES.index(self.grade), self.plan.step_s)
 
 
-def largest_microbatch(of: Callable[[int], Plan], rows: int) -> Plan | None:
-    """The plan of the largest microbatch that fits, of all rows or a power of two; None where one row does not."""
-    sizes = sorted({rows, *(1 << i for i in range(rows.bit_length()) if 1 << i < rows)})
-    low, high, best = 0, len(sizes) - 1, None
-    while low <= high:
-        middle = (low + high + 1) // 2 if best is None and low == 0 else (low + high) // 2
-        found = of(sizes[middle])
-        if found.fits:
-            best, low = found, middle + 1
+def planner(run: Run, setting: Setting, *, sure: bool = True, until: float | None = None) -> OfRows:
+    """Plans of `run` with so many rows at once; with all of them where updates are made in the backward."""
+    whole = run.memory.step_in_backward is not None
+    return lambda rows: plan(run if whole else with_microbatch(run, rows), setting, sure=sure, until=until)
+
+
+def largest_microbatch(of: OfRows, rows: int, most: int | None = None) -> Plan:
+    """The plan of the most rows at once that fit, of all or a power of two; that of one row where not even one fits. More
+    than `most` are not tried.
+
+    Bytes are convex in the rows, as the largest of what is linear in them: between two sizes they are below the line. Only all
+    rows at once have no gradients of those before them beside them, so that the first line may be too low.
+    """
+    sizes = [size for size in sizes_of(rows) if size <= (most or rows)]
+    largest = of(sizes[-1])
+    if largest.fits or sizes[-1] == 1 or not (best := of(1)).fits:
+        return largest if largest.fits or sizes[-1] == 1 else best
+    one, room = best, best.setting.card.bytes - best.needed
+    while len(sizes) > 2:
+        slope = (largest.needed - one.needed) / (sizes[-1] - 1)
+        below = [size for size in sizes[:-1] if slope * (size - 1) <= room]
+        size = max(below[-1], best.microbatch)
+        size = size if size > best.microbatch else next((s for s in sizes[:-1] if s > best.microbatch), 0)
+        if not size:
+            break
+        if (found := of(size)).fits:
+            best, sizes = found, [1, *(s for s in sizes if s > size)]
         else:
-            high = middle - 1
+            largest, sizes = found, [s for s in sizes if s <= size]
     return best
 
 
 class Search:
-    """Over the strategies of `config_dir` and those that ship, beside `overrides`. It ends after `limit_s` seconds."""
+    """Over all that goes beside `overrides`, that ships or lies in `config_dir`. It ends after `limit_s` seconds."""
 
     def __init__(
         self, overrides: Sequence[str], config_dir: Path | None, setting: Setting, limit_s: float, tell: Tell
     ) -> None:
-        self._overrides, self._config_dir, self._setting = list(overrides), config_dir, setting
-        self._end, self._tell = time.monotonic() + limit_s, tell
-        self._known = choices(config_dir)
-        self._needed: dict[tuple[str, ...], int] = {}  # at one row, of strategies in what the run computes in
+        self._setting, self._tell = setting, tell
+        self._end, self._limit_s = time.monotonic() + limit_s, limit_s
+        self._own = runs.composed(list(overrides), config_dir)
+        self._candidates = Candidates(overrides, config_dir, setting)
+        self._too_large: dict[tuple[object, ...], tuple[float, int]] = {}
+        self._rows: dict[tuple[object, ...], int] = {}  # that fitted, whatever parameters, gradients and states take
         self.cut_short = False
+        self.tried = 0
 
     def best(self) -> list[Found]:
         """What fits, the best first; where nothing does, what needs the least."""
-        before = runs.composed(self._overrides, self._config_dir)
-        parallels = [None] if self._setting.ranks == 1 else [k for k in self._known["parallel"] if k in KNOWN]
-        found = [f for kind in parallels for f in self._strategies(kind)]
-        least = sorted(self._needed, key=lambda names: self._needed[names])[:BEAM]
-        for precision in PRECISIONS:
-            if precision in self._known["precision"] and (before.precision.compute or "")[:2] != precision[:2]:
-                for kind in parallels:
-                    found += [f for names in [(), *least] if (f := self._try(names, kind, precision))]
+        left = []
+        for candidate in self._candidates:
+            if time.monotonic() > self._end:
+                self.cut_short = True
+                break
+            run, setting = candidate.run, self._setting
+            if run.memory.offload_activations and not self._own.memory.offload_activations:
+                continue  # a plan does not count on what it frees
+            left.append((most_rows(run, setting), least_bytes(run, setting), least_seconds(run, setting), candidate))
+        if any(rows for rows, *_ in left):
+            left = [one for one in left if one[0]]
+        else:  # then the nearest are of interest
+            left = sorted(left, key=lambda one: one[1])[:ENOUGH]
+        found: list[Found] = []
+        fitted: Counter[tuple[str, ...]] = Counter()
+        tries: Counter[tuple[str, ...]] = Counter()
+
+        def turn(one: tuple[int, float, float, Candidate]) -> tuple[int, int, float, float]:
+            """Every kind in turn, its fastest first; where that did not fit, what keeps the least for its backward."""
+            kind = _kind(one[3])
+            kept = row_bytes(one[3].run) if tries[kind] and not fitted[kind] else 0.0
+            return tries[kind], GRADES.index(one[3].grade), kept, one[2]
+
+        while left and time.monotonic() < self._end:
+            one = min(left, key=turn)
+            left.remove(one)
+            most, least, _, candidate = one
+            if fitted[_kind(candidate)] >= (ENOUGH_CHANGED if candidate.changes else ENOUGH):
+                continue
+            if self._cannot(candidate, least):
+                continue
+            tries[_kind(candidate)] += 1
+            if (way := self._try(candidate, least, most)) is not None:
+                found.append(way)
+                fitted[_kind(candidate)] += way.plan.fits
+        self.cut_short |= bool(left)
         return sorted(found, key=lambda f: f.key if f.plan.fits else (True, 0, f.plan.needed))
 
-    def _strategies(self, parallel: str | None) -> Iterator[Found]:
-        every = [name for name in self._known["memory"] if name not in ("baseline", "default")]
-        tried = [names for size in range(AT_ONCE + 1) for names in combinations(every, size)]
-        while tried:
-            for names in tried:
-                if found := self._try(names, parallel):
-                    yield found
-            size = len(tried[-1])
-            rest = [n for n in self._needed if len(n) == size]
-            beam = sorted(rest, key=lambda n: self._needed[n])[:BEAM] if size < len(every) else []
-            wider = {tuple(sorted({*names, more})) for names in beam for more in every if more not in names}
-            tried = sorted(wider) if not self._has_fitted(size) else []
+    def _cannot(self, candidate: Candidate, least: float) -> bool:
+        """Whether one that holds as much beside parameters, gradients and states was too large with less of those."""
+        before, excess = self._too_large.get(_activations(candidate.run), (0.0, 0))
+        return excess > 0 and least - before + excess > 0
 
-    def _has_fitted(self, size: int) -> bool:
-        return any(need <= self._setting.card.bytes for names, need in self._needed.items() if len(names) <= size)
+    def _try(self, candidate: Candidate, least: float, most: int) -> Found | None:
+        """The way to run at its best microbatch; None where it cannot be traced, or takes too long."""
+        self._tell(" ".join(candidate.overrides))
+        run, rows, now = candidate.run, candidate.run.data.batch // self._setting.ranks, time.monotonic()
+        alike = _activations(run)
+        until = min(self._end, now + max(SHARE * (self._end - now), SHARE * self._limit_s / 2))
+        planned = planner(run, self._setting, sure=False, until=until)
+        seen: list[Plan] = []
 
-    def _try(self, names: tuple[str, ...], parallel: str | None, precision: str | None = None) -> Found | None:
-        """The way to run with these strategies, at its best microbatch; None where they cannot go together."""
-        if self.cut_short or time.monotonic() > self._end:
-            self.cut_short = True
-            return None
-        self._tell(" + ".join(filter(None, [*names, precision, parallel])) or "baseline")
-        words = self._words(names, parallel, precision)
+        def of(rows: int) -> Plan:
+            seen.append(planned(rows))
+            return seen[-1]
+
         try:
-            run = runs.composed(words, self._config_dir)
-            one = plan(with_microbatch(run, 1), self._setting)
+            if run.memory.step_in_backward is not None:
+                best = of(rows)
+            else:
+                best = largest_microbatch(of, rows, min(most, self._rows.get(alike, most)))
+        except OutOfTimeError:  # what is known by then may do
+            self.cut_short = True
+            if not (fitted := [plan for plan in seen if plan.fits]):
+                return None
+            best = max(fitted, key=lambda plan: plan.microbatch)
         except UserError:
             return None
-        if precision is None:
-            self._needed[names] = min(one.needed, self._needed.get(names, one.needed))
-        mine = run.data.batch // self._setting.ranks
-        best = one
-        if one.fits:
-            best = largest_microbatch(lambda rows: plan(with_microbatch(run, rows), self._setting), mine) or one
-        grade = grade_of(run) if precision is None else GRADES[-1]
-        micro = [f"memory.microbatch={best.microbatch}"] if best.microbatch < mine else []
-        return Found((*words, *micro), grade, best)
-
-    def _words(self, names: tuple[str, ...], parallel: str | None, precision: str | None) -> list[str]:
-        """A person's overrides, with these strategies instead of theirs."""
-        dropped = {"memory", "memory.microbatch"} | ({"precision"} if precision else set())
-        dropped |= {"parallel"} if parallel else set()
-        others = {f"memory.{name}" for name in self._known["memory"] if name not in names}
-        kept = [
-            w
-            for w in self._overrides
-            if (key := w.lstrip("+~").partition("=")[0]) not in dropped
-            and not any(key == other or key.startswith(f"{other}.") for other in others)
-        ]
-        memory = [f"memory={'+'.join(names)}"] if names else []
-        more = [f"{key}={value}" for key, value in (("precision", precision), ("parallel", parallel)) if value]
-        return [*kept, *memory, *more]
+        self.tried += 1
+        if best.fits:
+            self._rows[alike] = best.microbatch
+        else:
+            self._too_large[alike] = least, best.needed - self._setting.card.bytes
+        micro = [f"memory.microbatch={best.microbatch}"] if best.microbatch < rows else []
+        return Found((*candidate.overrides, *micro), candidate.grade, best, run.memory.describe())
 
 
-def grade_of(run: Run) -> str:
-    """The worst grade of neutrality among a run's memory strategies."""
-    strategies = [getattr(run.memory, f.name) for f in fields(run.memory)]
-    grades = [s.grade for s in strategies if hasattr(s, "grade")]
-    return max(grades, key=GRADES.index, default="exact")
+def _kind(candidate: Candidate) -> tuple[str, ...]:
+    return (candidate.grade, candidate.run.parallel.kind, *candidate.changes)
+
+
+def _activations(run: Run) -> tuple[object, ...]:
+    """What a step's memory depends on, beside parameters, gradients and states."""
+    memory = run.memory
+    states = (memory.states, memory.offload_optimizer)
+    others = (getattr(memory, f.name) for f in fields(memory) if f.name not in ("states", "offload_optimizer"))
+    return (*others, run.precision, run.model, run.parallel, states if memory.step_in_backward else None)

@@ -16,6 +16,7 @@ from trainkit.parallel import Ranks
 from trainkit.plan import pretend
 from trainkit.plan.kernels import Device, Work
 from trainkit.plan.live import CATEGORIES, STEP, Live, plain
+from trainkit.plan.stand_ins import standing_in
 from trainkit.run import Run
 from trainkit.tasks import Embedding
 
@@ -23,12 +24,21 @@ Numbers = dict[tuple[str, ...], float]  # what was found, by name. In the depth,
 Seconds = Callable[[list[Work]], float]
 
 
-def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth: int | None = None) -> Numbers:
+def trace(
+    run: Run,
+    device: Device,
+    seconds: Seconds,
+    *,
+    documents: bool,
+    depth: int | None = None,
+    until: float | None = None,
+) -> Numbers:
     """What `run` takes as one of `device.ranks` ranks, whose work takes `seconds`.
 
     Args:
         documents: rows hold several documents.
         depth: of the model, instead of its own.
+        until: when `time.monotonic()` is at this, it ends with OutOfTimeError.
 
     Returns:
         `("peak", phase, part, category)`, also with the category `total`, `("host",)`, `("saved",)` and, between
@@ -38,10 +48,12 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
     if depth is not None:
         assert isinstance(run.model, Decoder)  # another's is traced whole
         run = replace(run, model=replace(run.model, depth=depth))
-    ranks = Ranks(device=device.torch, size=device.ranks, kind=run.parallel.kind)
+    stream = run.memory.stream is not None
+    kind = "fsdp" if stream else run.parallel.kind
+    ranks = Ranks(device=device.torch, size=device.ranks, kind=kind, stream=stream)
     rows = run.data.batch // device.ranks
     micro = microbatch(run, rows)
-    with pretend.pretending(device, ranks), Live(device) as live:
+    with pretend.pretending(device, ranks), Live(device, until) as live, standing_in(live):
         with live.unseen():
             batches = pretend.Batches(run, device.torch, {1, min(rows, 2 * micro), rows}, documents=documents)
         if device.cuda:  # a CPU's batch lies in NumPy's memory
@@ -57,7 +69,7 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
         numbers |= {("resident",): sum(live.held.values())}
         batches.rows = rows
         with live.during("evaluation"):
-            _evaluate(run, it, ranks, batches.at(0))
+            _evaluate(run, it, batches.at(0))
         if run.evaluation.sample_tokens and run.task.writes:
             _sample(it, live, min(run.evaluation.sample_tokens, run.model.context))
         held = _checkpoint(it)
@@ -65,17 +77,17 @@ def trace(run: Run, device: Device, seconds: Seconds, *, documents: bool, depth:
         numbers |= {("parameters",): sum(p.numel() for p in it.model.parameters())}
         described = {name: _described(tensor) for name, tensor in held.items()}
     numbers |= _of_memory(live) | {("host",): max(live.host_peaks.values())}
-    return numbers | _of_resuming(run, device, ranks, batches, described)
+    return numbers | _of_resuming(run, device, ranks, batches, described, until)
 
 
-def _evaluate(run: Run, it: Learner, ranks: Ranks, batch: Mapping[str, Tensor]) -> None:
+def _evaluate(run: Run, it: Learner, batch: Mapping[str, Tensor]) -> None:
     """An evaluation of one batch. What is measured of vectors is of their numbers, which are not there, and on the host."""
     if isinstance(run.task, Embedding):
         it.model.eval()
         run.task.embed(it.model, batch)
         it.model.train()
     else:
-        run.task.evaluate(it.model, [batch], ranks=ranks, stop=lambda: False)
+        it.evaluate([batch], stop=lambda: False)
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:
@@ -111,15 +123,15 @@ def _of_work(done: list[Work], seconds: Seconds, parts: int) -> Numbers:
 
 
 def _flops(done: list[Work]) -> float:
-    return sum(w.flops for w in done)
+    return sum(w.times * w.flops for w in done)
 
 
 def _moved(done: list[Work]) -> float:
-    return sum(w.moved for w in done)
+    return sum(w.times * w.moved for w in done)
 
 
 def _sent(done: list[Work]) -> float:
-    return sum(w.sent for w in done)
+    return sum(w.times * w.sent for w in done)
 
 
 def _sample(it: Learner, live: Live, tokens: int) -> None:
@@ -144,9 +156,9 @@ def _checkpoint(it: Learner) -> dict[str, Tensor]:
 
 
 def _of_resuming(
-    run: Run, device: Device, ranks: Ranks, batches: pretend.Batches, described: Mapping[str, Any]
+    run: Run, device: Device, ranks: Ranks, batches: pretend.Batches, described: Mapping[str, Any], until: float | None
 ) -> Numbers:
-    with pretend.pretending(device, ranks), Live(device) as live:
+    with pretend.pretending(device, ranks), Live(device, until) as live, standing_in(live):
         with live.during("building"):
             it = pretend.learner(run, ranks, batches)
         live.watch(it.model, it.optimizer)
