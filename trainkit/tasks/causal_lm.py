@@ -64,20 +64,9 @@ class NextToken:
             ranks.pace.forward_done()
             ranks.finish_sums()
             return {"loss": ranks.sum(loss), "own_loss": loss}
-        total = torch.zeros((), device=count.device)
         parts = list(microbatches(batch, 1 if exact else microbatch))
-        for number, rows in enumerate(parts):
-            if exact:
-                exact.begin_row(number)
-            ranks.sum_next(model, last=number == len(parts) - 1)
-            loss = model(rows["tokens"], rows["labels"], rows.get("documents")) / count
-            ranks.pace.forward_done()
-            scale(loss).backward()
-            if exact:
-                exact.take(loss.detach())
-            total = total + loss.detach()
-        ranks.finish_sums()
-        return {"loss": exact.finish() if exact else ranks.sum(total), "own_loss": total}
+        losses = (model(part["tokens"], part["labels"], part.get("documents")) / count for part in parts)
+        return accumulated(model, losses, len(parts), ranks=ranks, scale=scale, exact=exact)
 
     @torch.no_grad()
     def evaluate(
@@ -171,6 +160,33 @@ class LanguageModel(nn.Module):
         if self.vocabulary is not None:
             hidden = self.vocabulary.hidden(hidden)
         return summed_loss(hidden, self.backbone.unembed, labels, self.fused_loss, self.vocabulary)  # type: ignore[arg-type]
+
+
+def accumulated(
+    model: nn.Module,
+    losses: Iterable[Tensor],
+    count: int,
+    *,
+    ranks: Any,
+    scale: Callable[[Tensor], Tensor],
+    exact: Any,
+) -> dict[str, Any]:
+    """Add the gradients of `count` microbatches' losses to the parameters. Each loss is made when it is asked for, and adds up
+    with the others, on all ranks, to that of the global batch: `loss`; `own_loss` is this rank's part of it."""
+    total = torch.zeros((), device=ranks.device)
+    asked = iter(losses)
+    for number in range(count):
+        if exact:
+            exact.begin_row(number)
+        ranks.sum_next(model, last=number == count - 1)
+        loss = next(asked)
+        ranks.pace.forward_done()
+        scale(loss).backward()
+        if exact:
+            exact.take(loss.detach())
+        total = total + loss.detach()
+    ranks.finish_sums()
+    return {"loss": exact.finish() if exact else ranks.sum(total), "own_loss": total}
 
 
 def microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:

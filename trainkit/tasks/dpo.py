@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from trainkit.config import Fraction, Positive, config
 from trainkit.models.adapters import asleep
-from trainkit.tasks.causal_lm import CausalLM, LanguageModel, microbatches
+from trainkit.tasks.causal_lm import CausalLM, LanguageModel, accumulated, microbatches
 from trainkit.tasks.loss import IGNORED, summed_loss
 
 METRICS = ("val_loss", "val_accuracy", "val_margin")
@@ -63,20 +63,9 @@ class DPO:
         """Add the gradient of the global batch's mean loss a pair to the parameters: what it takes and gives is what
         `CausalLM.backward` does."""
         count = ranks.sum((batch["labels"] != IGNORED).any(1).sum()).clamp(min=1)
-        total = torch.zeros((), device=count.device)
         parts = list(microbatches(batch, 1 if exact else microbatch))
-        for number, rows in enumerate(parts):
-            if exact:
-                exact.begin_row(number)
-            ranks.sum_next(model, last=number == len(parts) - 1)
-            loss = _compared(model, rows)[0] / count
-            ranks.pace.forward_done()
-            scale(loss).backward()
-            if exact:
-                exact.take(loss.detach())
-            total = total + loss.detach()
-        ranks.finish_sums()
-        return {"loss": exact.finish() if exact else ranks.sum(total), "own_loss": total}
+        losses = (_compared(model, part)[0] / count for part in parts)
+        return accumulated(model, losses, len(parts), ranks=ranks, scale=scale, exact=exact)
 
     @torch.no_grad()
     def evaluate(
