@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tests.hf_vectors import KINDS, LINES, folder, made
-from trainkit import build, embed
+from trainkit import build, embed, mteb_eval
 from trainkit import run as runs
 from trainkit.errors import UserError
 from trainkit.export import export
@@ -226,3 +226,33 @@ def test_a_real_one() -> None:
 
 
 REAL = [0.0332416, 0.0044061, -0.0062770, 0.0483787]
+
+
+def test_mteb_asks_and_is_answered(place: Path) -> None:
+    """What mteb's protocol asks of a model; docs/embedding.md has a figure of the library itself."""
+    assert not mteb_eval.asked(["data=stsb"])
+    assert mteb_eval.asked(["eval=mteb", "eval.tasks=[stsb]"])
+    for words, said in (
+        (["eval=glue"], "eval=glue says nothing by itself"),
+        (["eval.tasks=[STS12]"], r"eval.tasks=\[STS12\] says nothing by itself"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mteb_eval.asked(words)
+    assert mteb_eval.chosen(["eval=mteb", "eval.tasks=[a,b]"]) == {"eval.tasks": "[a,b]"}
+    with pytest.raises(UserError, match=r"eval.taks is nothing of eval=mteb.*eval.tasks"):
+        mteb_eval.chosen(["eval=mteb", "eval.taks=[a]"])
+    with pytest.raises(UserError, match="both name tasks"):
+        mteb_eval.chosen(["eval=mteb", "eval.tasks=[a]", "eval.benchmark=b"])
+    train("model=static", "data.tokenizer.vocab=300", "model.vocab=320", "model.width=16", "data.prompts=['a ','the ']")
+    loaded, run = opened("v", RUNS)
+    model = mteb_eval.Model(encoder("v"), run, loaded.step)
+    batches = [{"text": ["fox", "quick dog"]}, {"text": ["lazy"]}]
+    for kind, prompt in (("query", "a "), ("document", "the "), (None, "a ")):
+        found = model.encode(batches, prompt_type=kind, batch_size=2, task_metadata=None)
+        expected = encoder("v").encode([prompt + text for text in ("fox", "quick dog", "lazy")])
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    similar = model.similarity(found, found[:2])
+    assert similar.shape == (3, 2)
+    np.testing.assert_allclose(
+        model.similarity_pairwise(found[:2], found[1:]), [similar[0, 1], similar[2, 1]], rtol=1e-5
+    )
