@@ -149,8 +149,11 @@ def _for_a_compiler(
     total = torch.zeros((), dtype=wide, device=h.device)
     by_hidden: list[Tensor] = []
     by_unembed = torch.zeros(w.shape, dtype=wide, device=h.device) if wanted[1] else None
+    across = w.T  # a CPU multiplies 16 bits faster so, and the cast to them may write it in any order
+    if h.device.type == "cpu" and h.dtype.itemsize == 2:
+        across = across.contiguous()
     for some, y in zip(h.tensor_split(chunks), labels[:, None].tensor_split(chunks), strict=True):
-        logits = (some @ w.T).to(wide)
+        logits = (some @ across).to(wide)
         valid = y != IGNORED
         y = torch.where(valid, y, 0)
         largest, of_label = logits.amax(1, keepdim=True), logits.gather(1, y)
@@ -159,7 +162,7 @@ def _for_a_compiler(
         of_its_label = torch.arange(len(w), device=h.device) == y
         grad = (((logits - largest).exp() / normaliser - of_its_label.to(wide)) * valid).to(h.dtype)
         if wanted[0]:
-            by_hidden.append((grad @ w).to(wide))
+            by_hidden.append((grad @ across.T).to(wide))
         if by_unembed is not None:
             by_unembed = by_unembed + grad.T @ some
     return total, torch.cat(by_hidden) if wanted[0] else None, by_unembed
