@@ -62,7 +62,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: i
     return out
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flex", "math"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
 @pytest.mark.parametrize("window", [None, 7, 40])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 @pytest.mark.parametrize("groups", [4, 2])
@@ -75,39 +75,6 @@ def test_a_kernel_sees_what_it_may(kernel: Any, window: int | None, documents: T
     with torch.no_grad():
         found = attend(q, k, v, additive(mask, q), kernel, window=window, dropout=0.0)
     torch.testing.assert_close(found, by_hand(q, k, v, documents, window), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("documents", [None, DOCUMENTS])
-@pytest.mark.parametrize("groups", [4, 2])
-def test_whole_scores_are_made_piece_by_piece(
-    causal: bool, documents: Tensor | None, groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same values and gradients as torch's; no query of a causal piece meets keys behind the piece."""
-    monkeypatch.setattr(kernels, "PIECE", 11)
-    leaves = [x.requires_grad_() for x in heads(groups)]
-    mask = additive(attention_mask(documents, LENGTH, LENGTH, None, CPU, causal=causal), leaves[0])
-    ways = []
-    for kernel in ("sdpa", "math"):
-        held: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=held: to.append(t.numel()) or t, lambda t: t):  # type: ignore[misc]
-            found = attend(*leaves, mask, kernel, window=None, dropout=0.0, causal=causal)  # type: ignore[arg-type]
-        ways.append([found, *torch.autograd.grad(found.square().sum(), leaves)])
-    torch.testing.assert_close(ways[1], ways[0], rtol=1e-9, atol=1e-9)
-    queries = LENGTH // 3 if causal else LENGTH  # of the last piece, which meets all keys
-    assert max(held) == ROWS * 4 * queries * LENGTH
-
-
-def test_whole_scores_drop_out_and_leave_generation_to_torch() -> None:
-    q, k, v = heads()
-    torch.manual_seed(3)
-    found = attend(q, k, v, None, "math", window=None, dropout=0.5)
-    torch.manual_seed(3)
-    visible = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
-    weights = (q @ k.mT / 8**0.5).masked_fill(~visible, -torch.inf).softmax(-1)
-    torch.testing.assert_close(found, nn.functional.dropout(weights, 0.5) @ v)
-    last = attend(q[:, :, -1:], k, v, None, "math", window=None, dropout=0.0)
-    torch.testing.assert_close(last[:, :, 0], by_hand(q, k, v, None, None)[:, :, -1])
 
 
 @pytest.fixture
