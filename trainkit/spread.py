@@ -26,8 +26,8 @@ from trainkit.slices import Part, fill
 BACKBONE = "backbone."
 
 
-def settled(run: Run) -> Run:
-    """`run` with the mesh that parallel=auto means on these ranks.
+def settled(run: Run, memory: int | None = None) -> Run:
+    """`run` with the mesh that parallel=auto means on these ranks, each with so many bytes of `memory` (None: as there are).
 
     Raises:
         UserError: there is none, or something else in the run cannot be done on it.
@@ -41,7 +41,7 @@ def settled(run: Run) -> Run:
         _shape(run),
         batch=run.data.batch,
         state=4 * width * run.model.parameters(),  # weights, gradients, two moments
-        memory=hardware.memory(device) // here,
+        memory=hardware.memory(device) // here if memory is None else memory,
     )
     try:
         return replace(run, parallel=mesh)

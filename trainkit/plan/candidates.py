@@ -15,7 +15,7 @@ from trainkit import run as runs
 from trainkit.choices import choices
 from trainkit.errors import UserError
 from trainkit.models import Decoder
-from trainkit.plan.planned import KNOWN, Setting
+from trainkit.plan.planned import Setting
 from trainkit.run import Run
 
 GRADES = ("exact", "reordered", "approximate", "changes what is learned")
@@ -55,7 +55,7 @@ class Candidates:
                         yield found
 
     def _parallels(self) -> list[str | None]:
-        return [None] if self._setting.ranks == 1 else [k for k in self._known["parallel"] if k in KNOWN]
+        return [None] if self._setting.ranks == 1 else ["ddp", "fsdp"]
 
     def _composed(self, parallel: str | None, *more: str) -> Run:
         return runs.composed([*self._words((), parallel, []), *more], self._config_dir)

@@ -80,7 +80,7 @@ def planned(
     setting = Setting(known.find(gpu), ranks, efficiency, documents, price)
     several = ranks > 1 and run.parallel.kind == "single"
     if not (search and several):
-        check(run, ranks)
+        run = check(run, setting)
     cells, fits, rows = [], False, max(1, run.data.batch // ranks)
     if not (search and several):
         made = plan(run, setting)
