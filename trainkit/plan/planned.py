@@ -13,7 +13,7 @@ from trainkit.plan.cards import EFFICIENCY, Card
 from trainkit.plan.depth import of_depth
 from trainkit.plan.live import CATEGORIES, STEP, OutOfTimeError
 from trainkit.plan.trace import Numbers, microbatch, trace
-from trainkit.plan.world import looked_at, started
+from trainkit.plan.world import NODE, Line, looked_at, started
 from trainkit.run import Run
 
 BUBBLE = {"zero_bubble": 1 / 3, "zbv": 0.0}  # of what a pipeline stands still by other schedules (Qi et al. 2023)
@@ -44,6 +44,11 @@ class Talk:
     collective: str
     sent: int
     seconds: float
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether the rest of the step waits meanwhile."""
+        return Line(self.axes, 0, 0).waited_for
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def plan(
             traced.
     """
     run = check(run, setting)
-    sizes = sizes_of(run, setting)
+    sizes = mesh_of(run, setting)
     found = {rank: _numbers(run, setting, rank, whole, sure, known, until) for rank in looked_at(sizes)}
     peaks_of = {rank: _peaks(run, setting, numbers) for rank, (numbers, _) in found.items()}
     fullest = max(found, key=lambda rank: max(peaks_of[rank].values()))
@@ -127,7 +132,7 @@ def plan(
     at = max(_places(numbers, STEP), key=lambda place: numbers[(*place, "total")])
     saved = _saved(run, setting, numbers)
     rows = run.data.batch // sizes.data
-    bubble = _bubble(run, sizes)
+    idle = bubble(run, sizes)
     talk = {key: [n for n, _ in found.values() if key in n] for n, _ in found.values() for key in n if key[0] == "sent"}
     return Plan(
         setting=setting,
@@ -146,11 +151,11 @@ def plan(
         microbatch=rows // microbatches(rows, microbatch(run, rows), sizes.pp) if sizes.pp > 1 else microbatch(run, rows),
         steps=run.steps,
         tokens_per_step=run.data.batch * run.data.length,
-        step_s=max(_sum(n, "seconds") for n, _ in found.values()) / (1 - bubble),
+        step_s=max(_sum(n, "seconds") for n, _ in found.values()) / (1 - idle),
         depths=tuple(depths),
         compile=run.compile,
         sizes=sizes,
-        bubble=bubble,
+        bubble=idle,
         evaluated=sizes.pp == 1,
     )
 
@@ -165,7 +170,7 @@ def _numbers(
     until: float | None,
 ) -> tuple[Numbers, list[int]]:
     """What one rank takes, and the depths that were traced to know it: whole numbers of blocks on every stage."""
-    card, sizes = setting.card, sizes_of(run, setting)
+    card, sizes = setting.card, mesh_of(run, setting)
     seconds = partial(card.seconds, efficiency=setting.share, tf32=run.precision.tf32)
     how: dict[str, Any] = {"documents": setting.documents, "until": until, "rank": rank, "size": setting.ranks}
     tracing = partial(trace, run, card.device(), seconds, **how)
@@ -202,13 +207,12 @@ def check(run: Run, setting: Setting) -> Run:
     return run
 
 
-def sizes_of(run: Run, setting: Setting) -> Sizes:
-    """Of the mesh."""
-    with started(setting.ranks):
-        return run.parallel.sizes()
+def mesh_of(run: Run, setting: Setting) -> Sizes:
+    """Of the mesh that so many ranks make."""
+    return run.parallel.sizes(setting.ranks, max(1, setting.ranks // NODE))
 
 
-def _bubble(run: Run, sizes: Sizes) -> float:
+def bubble(run: Run, sizes: Sizes) -> float:
     """The share of a step in which a rank of a pipeline has nothing to do (Narayanan et al. 2021, arXiv:2104.04473)."""
     if sizes.pp == 1:
         return 0.0
@@ -237,7 +241,7 @@ def _peaks(run: Run, setting: Setting, numbers: Numbers) -> dict[str, int]:
 
 def _saved(run: Run, setting: Setting, numbers: Numbers) -> int:
     """Bytes of a checkpoint that this rank writes: replicas share them out."""
-    sizes = sizes_of(run, setting)
+    sizes = mesh_of(run, setting)
     copies = sizes.dp_replicate * (1 if run.parallel.shards else sizes.cp)
     return round(numbers["saved",] / copies)
 
