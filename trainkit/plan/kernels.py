@@ -86,6 +86,9 @@ def workspace(func: Any, args: Any, inputs: Sequence[Tensor], made: Sequence[Ten
         return _of_attention(func, args, device)
     if device.cuda:
         return 0
+    if func.name().startswith(COLLECTIVE):  # gloo gathers into, and scatters from, a copy of the whole
+        copied = any(words in func.name() for words in ("gather", "reduce_scatter"))
+        return max((t.nbytes for t in [*inputs, *made]), default=0) if copied else 0
     if func in _MATMULS and inputs[-1].dtype == torch.bfloat16:
         transposed = not inputs[-2].is_contiguous() and func is not aten.bmm.default
         return device.threads * (_TRANSPOSED_BY_ONEDNN if transposed else _REDUCED_BY_ONEDNN)
