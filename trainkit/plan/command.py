@@ -74,15 +74,16 @@ def planned(
     from trainkit.plan import cards as known
     from trainkit.plan import report
     from trainkit.plan.planned import Setting, check, plan
-    from trainkit.plan.search import Search, largest_microbatch, planner
+    from trainkit.plan.search import Search, largest_microbatch, planner, rows_of
 
     run = runs.composed(overrides, config_dir)
     setting = Setting(known.find(gpu), ranks, efficiency, documents, price)
-    several = ranks > 1 and run.parallel.kind == "single"
+    several = ranks > 1 and run.parallel.kind == "single" and not run.parallel.given()
     if not (search and several):
-        check(run, ranks)
-    cells, fits, rows = [], False, max(1, run.data.batch // ranks)
+        run = check(run, setting)
+    cells, fits = [], False
     if not (search and several):
+        rows = rows_of(run, setting)
         made = plan(run, setting)
         fits = made.fits
         most = made if fits and made.microbatch == rows else largest_microbatch(planner(run, setting), rows)
