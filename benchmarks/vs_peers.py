@@ -16,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import random_shards
+import turns
 from peers import BATCH, CONTEXT, HEADS, LAYERS, VOCAB, WIDTH, Turn, hf_trainer, nanogpt, plain, timed
 
 SYSTEMS = ("trainkit", "nanoGPT", "HF Trainer", "plain torch")
@@ -75,7 +76,7 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_ma
             row = f"{precision}-{'compiled' if compiled else 'eager'}"
             say = [sys.executable, __file__, "--nanogpt", str(checkout), "--row", row, "--data", str(data)]
             say += [*(["--same-malloc"] if same_malloc else []), "--system"]
-            workers = {system: stack.enter_context(_worker([*say, system])) for system in SYSTEMS}
+            workers = {system: stack.enter_context(turns.worker([*say, system])) for system in SYSTEMS}
             for number in range(rounds + 1):
                 for system, ask in workers.items():
                     found = ask()
@@ -101,24 +102,6 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_ma
     }
 
 
-@contextmanager
-def _worker(command: list[str]) -> Iterator[Callable[[], dict[str, Any]]]:
-    """A system's process, and what has it take a turn."""
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask() -> dict[str, Any]:
-            process.stdin.write("go\n")  # type: ignore[union-attr]  # a pipe
-            process.stdin.flush()  # type: ignore[union-attr]
-            line = next(line for line in process.stdout if line.startswith("{"))  # type: ignore[union-attr]
-            found: dict[str, Any] = json.loads(line)
-            return found
-
-        yield ask
-        process.stdin.close()
-
-
 def work(system: str, precision: str, compiled: bool, data: Path, checkout: Path, same_malloc: bool) -> None:
     """A system's process: a turn for every line that comes in."""
     import torch
@@ -138,11 +121,12 @@ def work(system: str, precision: str, compiled: bool, data: Path, checkout: Path
         turn = hf_trainer(precision, compiled, data, data.parent / "hf")
     else:
         turn = plain(precision, compiled, data)
-    for _ in sys.stdin:
+
+    def take() -> dict[str, Any]:
         spent.update(inside=0.0, whole=0.0)
-        seconds = turn()
-        outside = 1 - spent["inside"] / spent["whole"] if spent["whole"] else 0.0
-        print(json.dumps({"seconds": seconds, "outside": outside}), flush=True)
+        return {"seconds": turn(), "outside": 1 - spent["inside"] / spent["whole"] if spent["whole"] else 0.0}
+
+    turns.serve(take)
 
 
 def matmul_rate(precision: str) -> float:
