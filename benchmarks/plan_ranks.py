@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -82,7 +81,12 @@ def in_processes(ranks: int, words: str) -> dict[str, int]:
         port = it.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder, "corpus"), one_document=False)
-        more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "TRAINKIT_CACHE": folder}
+        more = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(ranks),
+            "TRAINKIT_CACHE": folder,
+        }
         more |= {"PYTHONPATH": str(Path(__file__).parents[1]), "LOCAL_WORLD_SIZE": str(ranks)}
         command = [sys.executable, "-m", "benchmarks.plan_ranks", "--measure", words]
         started = [
@@ -110,15 +114,17 @@ def main() -> None:
     if given.measure is not None:
         print(json.dumps(measured(given.measure)))
         return
-    rows, errors = [], []
+    rows: list[str] = []
+    errors: list[float] = []
     for ranks, words in (CELLS[number] for number in given.only):
         said, found = predicted(ranks, words), in_processes(ranks, words)
-        off: dict[str, Any] = {name: said[name] / found[name] - 1 for name in PHASES if said[name]}
+        off = {name: said[name] / found[name] - 1 for name in PHASES if said[name]}
         errors += off.values()
         both = [f"{said[n] / 1e6:.1f} / {found[n] / 1e6:.1f} ({off[n]:+.2%})" if n in off else "" for n in PHASES]
         rows.append(f"| {ranks} | `{words}` | {' | '.join(both)} |")
         print(rows[-1], flush=True)
-    summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {max(map(abs, errors)):.2%}, mean {statistics.mean(map(abs, errors)):.2%}"
+    worst, mean = max(map(abs, errors)), statistics.mean(map(abs, errors))
+    summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {worst:.2%}, mean {mean:.2%}"
     print(summary)
     if given.out:
         head = "| ranks | overrides | " + " | ".join(PHASES) + " |\n|---|---|" + "---|" * len(PHASES)

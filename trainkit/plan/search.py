@@ -9,9 +9,9 @@ from pathlib import Path
 
 from trainkit import run as runs
 from trainkit.errors import UserError
+from trainkit.plan import planned as planning
 from trainkit.plan.bounds import least_bytes, least_seconds, most_rows, row_bytes, sizes_of
 from trainkit.plan.candidates import GRADES, Candidate, Candidates
-from trainkit.plan import planned as planning
 from trainkit.plan.live import OutOfTimeError
 from trainkit.plan.planned import Plan, Setting, plan, with_microbatch
 from trainkit.run import Run
