@@ -42,9 +42,9 @@ class Line:
 
 
 @contextmanager
-def started(ranks: int) -> Iterator[None]:
-    """Inside, torchrun seems to have started so many."""
-    here = min(ranks, NODE)
+def started(ranks: int, machine: int = NODE) -> Iterator[None]:
+    """Inside, torchrun seems to have started so many, as many as fit on each `machine`."""
+    here = min(ranks, machine)
     with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(here)):
         yield
 
