@@ -33,7 +33,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         `seconds` of the timed steps, `tokens_per_step` over all ranks, `flops_per_token`, `peak_flops` of one rank;
         `losses` (nats a token) of all steps; `peak_rss_growth_bytes` from before the model was made; on CUDA the
         allocator's own peaks; where asked `memory`: `peak` bytes, `by_category`, `by_phase`, and the `loss` after
-        warmup + steps updates, which is that of the step then measured; and, of several ranks, `talk` as `talk.measured` has it.
+        warmup + steps updates, which is that of the step then measured; of several ranks `talk`, as `talk.measured` has it.
     """
     run = runs.composed(spec["overrides"], Path(spec["config_dir"]) if spec["config_dir"] else None)
     ranks = build.ranks(run)

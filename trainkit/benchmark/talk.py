@@ -45,8 +45,8 @@ class Sent(TorchDispatchMode):
 
 
 def measured(it: Learner) -> dict[str, Any]:
-    """Of one step: `sent`, bytes of this rank by axes and collective; `seconds` of the step, in which ranks talked for `talked_s`,
-    of which `exposed_s` went on beside nothing else."""
+    """Of one step: `sent`, bytes of this rank by axes and collective; `seconds` of the step, in which ranks talked for
+    `talked_s`, of which `exposed_s` went on beside nothing else."""
     assert it.ranks.sizes is not None
     stream.hush()
     with profile() as seen, Sent(it.ranks.sizes) as sent:
