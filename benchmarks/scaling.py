@@ -119,7 +119,7 @@ def one_rank(rows: int, ranks: int, rounds: int, steps: int, given: list[str]) -
     ways = Ways(rows, ranks, given)
     found: dict[str, list[float]] = {name: [] for name in ways.steps}
     for name in ways.steps:
-        ways.seconds(name, 2)  # warm
+        ways.seconds(name, 1)  # warm
     for _ in range(rounds):
         for name, (_, _, together) in ways.steps.items():
             found[name].append(together * rows * 256 * steps / ways.seconds(name, steps))
