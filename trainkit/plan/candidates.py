@@ -13,7 +13,6 @@ from typing import Any
 
 from trainkit import run as runs
 from trainkit.choices import choices
-from trainkit.errors import UserError
 from trainkit.models import Decoder
 from trainkit.plan.meshes import meshes
 from trainkit.plan.planned import Setting
@@ -21,7 +20,12 @@ from trainkit.run import Run
 
 GRADES = ("exact", "reordered", "approximate", "changes what is learned")
 PRECISIONS = ("bf16", "bf16_pure", "fp8", "fp16")  # and only what conf/precision has of them
-WITH_MANY = [(), ("checkpoint",), ("selective",), ("8bit", "checkpoint")]  # tried on every mesh; all others with ddp and fsdp
+WITH_MANY = [
+    (),
+    ("checkpoint",),
+    ("selective",),
+    ("8bit", "checkpoint"),
+]  # tried on every mesh; all others with ddp and fsdp
 START = "CHECKPOINT"  # where a person has to say what an adapter learns beside
 NEUTRAL = ["clip=0", "precision=fp32"]  # with which every strategy goes
 
@@ -56,9 +60,7 @@ class Candidates:
                 if plain or run.model == own.model:
                     yield from self._all([(learned, meshed)], strategies if plain else few, words)
 
-    def _all(
-        self, ways: Iterable[tuple[list[str], Run]], strategies: Any, parallel: list[str]
-    ) -> Iterator[Candidate]:
+    def _all(self, ways: Iterable[tuple[list[str], Run]], strategies: Any, parallel: list[str]) -> Iterator[Candidate]:
         for words, run in ways:
             for names, values in strategies:
                 if found := self._made(run, names, values, words, parallel):
@@ -71,7 +73,7 @@ class Candidates:
         yield from ways
         said = any(_key(word) == "data.batch" for word in self._overrides)
         if own.data.batch < self._setting.ranks and not said:
-            data = replace(own.data, batch=self._setting.ranks)  # type: ignore[type-var]  # every kind has one
+            data = replace(own.data, batch=self._setting.ranks)
             for words, run in ways[: 1 + len(PRECISIONS)]:
                 if larger := _replaced(run, data=data):
                     yield [*words, f"data.batch={self._setting.ranks}"], larger

@@ -1,6 +1,6 @@
 """A plan: what a run would take, and whether it fits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ class Plan:
     step_s: float
     depths: tuple[int, ...]  # that were traced
     compile: str = "off"  # as the run asks; what is planned is eager
-    sizes: Sizes = Sizes()
+    sizes: Sizes = field(default_factory=Sizes)
     bubble: float = 0.0  # share of the step in which a pipeline's rank stands still
     evaluated: bool = True  # whether evaluations were traced
 
@@ -148,7 +148,9 @@ def plan(
         ),
         moved_bytes=round(_sum(numbers, "moved")),
         checkpoint_bytes=saved,
-        microbatch=rows // microbatches(rows, microbatch(run, rows), sizes.pp) if sizes.pp > 1 else microbatch(run, rows),
+        microbatch=rows // microbatches(rows, microbatch(run, rows), sizes.pp)
+        if sizes.pp > 1
+        else microbatch(run, rows),
         steps=run.steps,
         tokens_per_step=run.data.batch * run.data.length,
         step_s=max(_sum(n, "seconds") for n, _ in found.values()) / (1 - idle),
@@ -166,7 +168,7 @@ def _numbers(
     rank: int,
     whole: bool,
     sure: bool,
-    known: dict[tuple[int, int], Numbers] | None,
+    known: dict[int, Numbers] | None,
     until: float | None,
 ) -> tuple[Numbers, list[int]]:
     """What one rank takes, and the depths that were traced to know it: whole numbers of blocks on every stage."""
@@ -178,9 +180,7 @@ def _numbers(
     try:
         if whole or isinstance(run.model, Foreign):  # of which nothing can be left out
             return tracing(), [run.model.depth]
-        numbers, depths = of_depth(
-            run.model.depth // each, lambda d: tracing(depth=d * each), sure=sure, known=known
-        )
+        numbers, depths = of_depth(run.model.depth // each, lambda d: tracing(depth=d * each), sure=sure, known=known)
         return numbers, [d * each for d in depths]
     except OutOfTimeError:
         raise
