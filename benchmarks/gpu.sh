@@ -3,8 +3,9 @@
 #
 #   benchmarks/gpu.sh --out FOLDER [--wheels FOLDER] [--nanogpt FOLDER] [--parts ...] [--cpu-dry-run]
 #
-# It needs Python with torch. With --wheels it takes what else trainkit needs (hydra-core, omegaconf, pydantic and what
-# they need) from wheels in that folder, and the network is not asked.
+# It needs Python with torch and numpy. With --wheels it takes what is missing of the rest from wheels in that folder, and the
+# network is not asked: hydra-core, omegaconf, antlr4-python3-runtime, PyYAML, pydantic, pydantic-core, annotated-types,
+# typing-inspection, rich, markdown-it-py, mdurl, Pygments, tokenizers, xxhash.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 rest=()
