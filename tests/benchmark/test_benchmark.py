@@ -59,7 +59,7 @@ def test_a_sweep_from_the_command_to_the_files() -> None:
     assert good["tokens_per_s"] > 0
     assert 0 < good["mfu"] < 2
     assert 4 < good["loss"] < 7
-    assert made["settings"] == {"rounds": 1, "steps": 1, "warmup": 1, "ranks": 1}
+    assert made["settings"] == {"rounds": 1, "steps": 1, "warmup": 1, "ranks": 1, "threads": None}
     assert "--seed 3" in made["command"]
     assert "--zip" in made["command"]
     assert set(os.listdir("out")) == {f"benchmark.{kind}" for kind in ("json", "csv", "html", "png")}
@@ -121,7 +121,7 @@ def test_a_suite_brings_its_own_words(turns: Turns, capsys: pytest.CaptureFixtur
     words = ["model.context=256", "data=text", "data.path=corpus", "data.length=8", "data.validation=0.2"]
     assert left_with(*words, "--suite", "seeds", "--steps", "3", "--json", "made.json") == 0
     made = json.loads(Path("made.json").read_text())
-    assert made["settings"] == {"rounds": 1, "steps": 3, "warmup": 1, "ranks": 1}
+    assert made["settings"] == {"rounds": 1, "steps": 3, "warmup": 1, "ranks": 1, "threads": None}
     assert len(made["cells"]) == 12
     statuses = [cell["status"] for cell in made["cells"]]
     assert statuses.count("ok") == len(turns) >= 4
@@ -171,7 +171,7 @@ def test_a_failure_is_told_by_the_exit_code(status: str, code: int, monkeypatch:
         (["--suite", "sead"], "there is no suite 'sead'; did you mean 'seeds'"),
         (["--against", "missing.json"], "--against missing.json cannot be read"),
         (["--json", "no/made.json"], "--json no/made.json cannot be written"),
-        (["--nproc", "2"], "--nproc 2 is for parallel=ddp or parallel=fsdp"),
+        (["--nproc", "2"], "--nproc 2 is for parallel=ddp, fsdp and the like"),
         (["precision=fp64", "precision.compute=bfloat16"], "float64 computes in float64"),
         (["model.vocab=16,320"], "model.vocab=16 has no room"),
     ],

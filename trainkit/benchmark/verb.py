@@ -121,7 +121,8 @@ def _shared(cells: Sequence[Cell], settings: Settings, asked: int | None) -> Set
         return settings
     device = hardware.choose(shared[0].parallel.device)
     ranks = asked or max(2, hardware.count(device))
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks) if device.type == "cpu" and ranks > 1 else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // ranks) if device.type == "cpu" and ranks > 1 else None
     return replace(settings, ranks=ranks, threads=threads)
 
 
