@@ -21,7 +21,12 @@ from trainkit.run import Run
 
 GRADES = ("exact", "reordered", "approximate", "changes what is learned")
 PRECISIONS = ("bf16", "bf16_pure", "fp8", "fp16")  # and only what conf/precision has of them
-WITH_MANY = [(), ("checkpoint",), ("selective",), ("8bit", "checkpoint")]  # tried on every mesh; all others with ddp and fsdp
+WITH_MANY = [
+    (),
+    ("checkpoint",),
+    ("selective",),
+    ("8bit", "checkpoint"),
+]  # tried on every mesh; all others with ddp and fsdp
 START = "CHECKPOINT"  # where a person has to say what an adapter learns beside
 NEUTRAL = ["clip=0", "precision=fp32"]  # with which every strategy goes
 
@@ -56,9 +61,7 @@ class Candidates:
                 if plain or run.model == own.model:
                     yield from self._all([(learned, meshed)], strategies if plain else few, words)
 
-    def _all(
-        self, ways: Iterable[tuple[list[str], Run]], strategies: Any, parallel: list[str]
-    ) -> Iterator[Candidate]:
+    def _all(self, ways: Iterable[tuple[list[str], Run]], strategies: Any, parallel: list[str]) -> Iterator[Candidate]:
         for words, run in ways:
             for names, values in strategies:
                 if found := self._made(run, names, values, words, parallel):

@@ -61,4 +61,3 @@ def _divided(run: Run, ranks: int) -> Iterator[Sizes]:
 
 def _divisors(whole: int, most: int) -> list[int]:
     return [n for n in range(1, min(whole, most) + 1) if whole % n == 0]
-

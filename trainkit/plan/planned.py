@@ -148,7 +148,9 @@ def plan(
         ),
         moved_bytes=round(_sum(numbers, "moved")),
         checkpoint_bytes=saved,
-        microbatch=rows // microbatches(rows, microbatch(run, rows), sizes.pp) if sizes.pp > 1 else microbatch(run, rows),
+        microbatch=rows // microbatches(rows, microbatch(run, rows), sizes.pp)
+        if sizes.pp > 1
+        else microbatch(run, rows),
         steps=run.steps,
         tokens_per_step=run.data.batch * run.data.length,
         step_s=max(_sum(n, "seconds") for n, _ in found.values()) / (1 - idle),
@@ -178,9 +180,7 @@ def _numbers(
     try:
         if whole or isinstance(run.model, Foreign):  # of which nothing can be left out
             return tracing(), [run.model.depth]
-        numbers, depths = of_depth(
-            run.model.depth // each, lambda d: tracing(depth=d * each), sure=sure, known=known
-        )
+        numbers, depths = of_depth(run.model.depth // each, lambda d: tracing(depth=d * each), sure=sure, known=known)
         return numbers, [d * each for d in depths]
     except OutOfTimeError:
         raise

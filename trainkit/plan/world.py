@@ -76,7 +76,11 @@ def looked_at(sizes: Sizes) -> list[int]:
 
 def line(group: Any, sizes: Sizes) -> Line:
     """Of a process group that an operator is given, or its name."""
-    found = dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else dist.ProcessGroup.unbox(group)
+    found = (
+        dist.distributed_c10d._resolve_process_group(group)
+        if isinstance(group, str)
+        else dist.ProcessGroup.unbox(group)
+    )
     return of_ranks(dist.get_process_group_ranks(found), sizes)
 
 
