@@ -5,6 +5,7 @@ As benchmarks/plan.py, two updates and an evaluation. Peaks are those of the ran
 """
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -13,13 +14,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.plan import CPU, SMALLER, write_corpus
 from trainkit import build
 from trainkit import run as runs
+from trainkit.parallel import Parallel, Ranks
 from trainkit.plan.cards import Card
 from trainkit.plan.planned import Setting, plan
 from trainkit.profile.allocations import Allocations
@@ -52,20 +53,27 @@ def composed(words: str) -> Run:
     return runs.composed([*SMALLER, "schedule.warmup=2", "name=cell", "parallel.device=cpu", *words.split()])
 
 
-def measured(words: str) -> dict[str, int]:
+def measured(words: str, joined: Ranks) -> dict[str, int]:
     """The most bytes that were allocated at once on this rank in each phase."""
-    torch.set_num_threads(1)
+    gc.collect()  # what the cell before left
     run = composed(words)
     corpus = run.data.open()
     with Allocations(torch.nn.Module(), device=CPU) as seen:
-        ranks = build.ranks(run)
-        it = build.learner(run, corpus, ranks)
+        it = build.learner(run, corpus, run.parallel.lay_out(joined))
         with seen.phase("training"):
             it.train_step(), it.train_step()
         with seen.phase("evaluation"):
             assert it.evaluate(it.loader.validation(1), stop=lambda: False) is not None
-    ranks.leave()
     return {name: seen.by_phase[name].peak for name in PHASES}
+
+
+def as_rank(cells: list[str]) -> list[dict[str, int]]:
+    """Every cell's peaks on this rank."""
+    torch.set_num_threads(1)
+    joined = Parallel(kind="ddp", device="cpu").join(CPU)
+    found = [measured(words, joined) for words in cells]
+    joined.leave()
+    return found
 
 
 def predicted(ranks: int, words: str) -> dict[str, int]:
@@ -75,19 +83,23 @@ def predicted(ranks: int, words: str) -> dict[str, int]:
     return plan(composed(f"{words} evaluation.sample_tokens=0"), Setting(cpu, ranks), whole=True).peaks
 
 
-def in_processes(ranks: int, words: str) -> dict[str, int]:
-    """The highest of the ranks' peaks, each a process of its own."""
+def in_processes(ranks: int, cells: list[str]) -> list[dict[str, int]]:
+    """Of every cell the highest of the ranks' peaks."""
     with socket.socket() as it:
         it.bind(("127.0.0.1", 0))
         port = it.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder, "corpus"), one_document=False)
-        more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "TRAINKIT_CACHE": folder}
+        more = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(ranks),
+            "TRAINKIT_CACHE": folder,
+        }
         more |= {"PYTHONPATH": str(Path(__file__).parents[1]), "LOCAL_WORLD_SIZE": str(ranks)}
-        command = [sys.executable, "-m", "benchmarks.plan_ranks", "--measure", words]
         started = [
             subprocess.Popen(
-                command,
+                [sys.executable, "-m", "benchmarks.plan_ranks", "--measure", json.dumps(cells)],
                 cwd=folder,
                 env=os.environ | more | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
@@ -96,29 +108,32 @@ def in_processes(ranks: int, words: str) -> dict[str, int]:
             for rank in range(ranks)
         ]
         said = [child.communicate()[0] for child in started]
-        assert not any(child.returncode for child in started), words
+        assert not any(child.returncode for child in started), cells
     found = [json.loads(text.splitlines()[-1]) for text in said]
-    return {name: max(one[name] for one in found) for name in PHASES}
+    return [{name: max(one[name] for one in of) for name in PHASES} for of in zip(*found, strict=True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write a page with the table")
-    parser.add_argument("--only", type=int, nargs="*", default=range(len(CELLS)), help="these cells")
-    parser.add_argument("--measure", help="as one rank, these words, as JSON")
+    parser.add_argument("--measure", help="as one rank: these cells, as JSON")
     given = parser.parse_args()
     if given.measure is not None:
-        print(json.dumps(measured(given.measure)))
+        print(json.dumps(as_rank(json.loads(given.measure))))
         return
-    rows, errors = [], []
-    for ranks, words in (CELLS[number] for number in given.only):
-        said, found = predicted(ranks, words), in_processes(ranks, words)
-        off: dict[str, Any] = {name: said[name] / found[name] - 1 for name in PHASES if said[name]}
-        errors += off.values()
-        both = [f"{said[n] / 1e6:.1f} / {found[n] / 1e6:.1f} ({off[n]:+.2%})" if n in off else "" for n in PHASES]
-        rows.append(f"| {ranks} | `{words}` | {' | '.join(both)} |")
-        print(rows[-1], flush=True)
-    summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {max(map(abs, errors)):.2%}, mean {statistics.mean(map(abs, errors)):.2%}"
+    rows: list[str] = []
+    errors: list[float] = []
+    for ranks in (2, 4):
+        cells = [words for size, words in CELLS if size == ranks]
+        for words, found in zip(cells, in_processes(ranks, cells), strict=True):
+            said = predicted(ranks, words)
+            off = {name: said[name] / found[name] - 1 for name in PHASES if said[name]}
+            errors += off.values()
+            both = [f"{said[n] / 1e6:.1f} / {found[n] / 1e6:.1f} ({off[n]:+.2%})" if n in off else "" for n in PHASES]
+            rows.append(f"| {ranks} | `{words}` | {' | '.join(both)} |")
+            print(rows[-1], flush=True)
+    worst, mean = max(map(abs, errors)), statistics.mean(map(abs, errors))
+    summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {worst:.2%}, mean {mean:.2%}"
     print(summary)
     if given.out:
         head = "| ranks | overrides | " + " | ".join(PHASES) + " |\n|---|---|" + "---|" * len(PHASES)

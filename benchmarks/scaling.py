@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from trainkit import build
@@ -69,7 +68,7 @@ class Ways:
         run = self._run(self._ranks, f"parallel={kind}")
         return build.learner(run, run.data.open(), run.parallel.lay_out(self._joined)).train_step
 
-    def _plain(self, *, DistributedDataParallel: Any) -> Step:  # noqa: N803
+    def _plain(self, *, DistributedDataParallel: Any) -> Step:
         """torch's own words for the same step."""
         run = self._run(1)
         torch.manual_seed(run.seed)
@@ -78,9 +77,10 @@ class Ways:
         cfg: Any = run.optimizer
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
-        loader = run.data.build(run.data.open(), seed=0, ranks=Ranks(CPU), device=CPU)
+        data: Any = run.data
+        loader = data.build(data.open(), seed=0, ranks=Ranks(CPU), device=CPU)
         at = iter(range(10**9))
 
         def step() -> None:
@@ -119,7 +119,7 @@ def one_rank(rows: int, ranks: int, rounds: int, steps: int, given: list[str]) -
     ways = Ways(rows, ranks, given)
     found: dict[str, list[float]] = {name: [] for name in ways.steps}
     for name in ways.steps:
-        ways.seconds(name, 2)  # warm
+        ways.seconds(name, 1)  # warm
     for _ in range(rounds):
         for name, (_, _, together) in ways.steps.items():
             found[name].append(together * rows * 256 * steps / ways.seconds(name, steps))
@@ -159,7 +159,12 @@ def main() -> None:
     with socket.socket() as it:
         it.bind(("127.0.0.1", 0))
         port = it.getsockname()[1]
-    more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(given.ranks), "OMP_NUM_THREADS": "1"}
+    more = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(given.ranks),
+        "OMP_NUM_THREADS": "1",
+    }
     more |= {"LOCAL_WORLD_SIZE": str(given.ranks), "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:]]
     started = [

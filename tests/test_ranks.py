@@ -16,7 +16,7 @@ from trainkit import build, launch
 from trainkit import run as runs
 from trainkit.checkpoint import find, load
 from trainkit.errors import UserError
-from trainkit.parallel import ElsewhereError, Parallel, _meeting, straggler
+from trainkit.parallel import ElsewhereError, Parallel, straggler
 from trainkit.trainer import Trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainkit"]
@@ -88,20 +88,6 @@ def stopped_by_one() -> None:
 def test_all_stop_at_the_step_at_which_one_is_asked() -> None:
     in_ranks(2, stopped_by_one)
     assert load(find.resolve("s", Path("runs"), launch.policy)).step == 5
-
-
-def test_every_attempt_meets_in_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun keeps its store over restarts: what the first attempt left there must not be read by the second."""
-    import torch.distributed as dist
-
-    kept = dist.HashStore()
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 1)]))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    _meeting().set("address", "of the dead")
-    assert _meeting().check(["address"])
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not _meeting().check(["address"])
 
 
 def trains(*words: str, **environment: str) -> subprocess.Popen[str]:

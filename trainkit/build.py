@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainkit import fitting, floors, hardware, optimizers, spread, versions
+from trainkit import agreement, fitting, floors, hardware, logs, optimizers, spread, versions
 from trainkit import history as history_file
 from trainkit import run as runs
 from trainkit import start as starts
@@ -58,7 +58,8 @@ def ranks(run: Run) -> Ranks:
     """The processes of this run and their device."""
     device = hardware.choose(run.parallel.device)
     run.speed.begin(device, run.precision.matmul_dtype())
-    return spread.settled(run).parallel.join(device, stream=run.memory.stream is not None)
+    facts = agreement.facts(run, device)
+    return spread.settled(run).parallel.join(device, stream=run.memory.stream is not None, facts=facts)
 
 
 def learner(run: Run, corpus: Any, ranks: Ranks) -> Learner:
@@ -99,10 +100,9 @@ def trainer(
         DamagedError: there are checkpoints and none is good.
     """
     run = starts.identified(run, folder)
-    if int(os.environ.get("RANK", "0")) == 0:
-        runs.refuse_another(folder, run)
-        check(run)
+    mistake = _mistake(run, folder) if int(os.environ.get("RANK", "0")) == 0 else None
     joined = ranks(run)
+    joined.host.first_does(lambda: _refuse(mistake))  # by now, so that no other rank waits for one that left
     lock = RunLock(folder)
     joined.host.first_does(lambda: lock.__enter__() and None)
     error: BaseException | None = None
@@ -119,6 +119,23 @@ def trainer(
             joined.leave()
 
 
+def _mistake(run: Run, folder: Path) -> UserError | None:
+    """What the first rank finds wrong, for all to leave for when they have met; alone it is raised."""
+    try:
+        runs.refuse_another(folder, run)
+        check(run)
+    except UserError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        return error
+    return None
+
+
+def _refuse(mistake: UserError | None) -> None:
+    if mistake is not None:
+        raise mistake
+
+
 @contextmanager
 def _trainer(
     run: Run,
@@ -132,6 +149,7 @@ def _trainer(
     trackers = run.tracking.build(folder) if joined.first else Trackers([])
     notifier = Notifier(run.notify if joined.first else (), run.name, trackers.note)
     corpus = _opened(run, joined, report)
+    agreement.refuse_other_data(corpus, joined)
     it = learner(run, corpus, joined)
     mirror = None
     if joined.first and run.checkpoint.mirror:
@@ -147,6 +165,8 @@ def _trainer(
     )
     checkpointer.preflight(checkpoint_bytes(it))
     joined.host.first_does(lambda: runs.claim(folder, run))
+    if not joined.first:
+        logs.divert(folder, joined.rank)
     begin = time.perf_counter()
     found = checkpointer.load(start, it.places) if start else checkpointer.load_latest(it.places)
     signals.note = trackers.note

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trainkit import __version__, versions
+from trainkit import __version__, logs, versions
 from trainkit.benchmark import command as benchmark
 from trainkit.choices import choices
 from trainkit.cli_checkpoint import looking_after
@@ -55,9 +55,16 @@ def train(overrides: Words = None, runs: Runs = RUNS, config_dir: ConfigDir = No
     from trainkit import signals
 
     signals.leave_at_once()
-    from trainkit import launch, run
+    from trainkit import launch, run, torchrun
 
-    leave(launch.train(run.composed(overrides or [], config_dir), runs))
+    ranks, words = torchrun.asked(overrides or [])
+    it = run.composed(words, config_dir)
+    if ranks:
+        from trainkit import agent
+
+        leave(agent.start(ranks, it, runs / it.name, torchrun.command("train", words, runs, config_dir)))
+    else:
+        leave(launch.train(it, runs))
 
 
 @app.command()
@@ -71,11 +78,19 @@ def resume(
     from trainkit import signals
 
     signals.leave_at_once()
-    from trainkit import launch
+    from trainkit import launch, torchrun
 
     if "=" in which:
         which, overrides = "latest", [which, *(overrides or [])]
-    leave(launch.resume(which, overrides or [], runs, config_dir))
+    ranks, words = torchrun.asked(overrides or [])
+    it, root, start = launch.resumed(which, words, runs, config_dir)
+    if ranks:
+        from trainkit import agent
+
+        again = str(start or root / it.name)
+        leave(agent.start(ranks, it, root / it.name, torchrun.command("resume", [again, *words], runs, config_dir)))
+    else:
+        leave(launch.train(it, root, start=start))
 
 
 @app.command("list-checkpoints")
@@ -218,6 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code, line = _said(error)
         if line and (code == FAILED or os.environ.get("RANK", "0") == "0"):  # what all ranks find wrong is said once
+            if code == FAILED:
+                logs.trace(error)
             print(f"trainkit: {line}", file=sys.stderr)
     sys.exit(code or DONE)
 

@@ -91,12 +91,17 @@ class Encoder:
         return np.empty((0, width or 0), dtype=np.float32) if vectors is None else vectors
 
 
+PAIRS = ("pairs", "wordnet", "stsb")
+
+
 def reading_alike(own: Run, overrides: list[str]) -> Run:
     """`own` on other data, whose texts are read as those that it has learned from: between the same specials, as long, and
     behind the same prompts, unless a person says otherwise."""
     assert isinstance(own.data, PairRows)  # a run of this task has no other
-    given = {word.lstrip("+").partition("=")[0] for word in overrides}
+    given = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
     same = [f"data.{key}={getattr(own.data, key)}" for key in ("specials", "length") if f"data.{key}" not in given]
+    if given.get("data", "pairs") not in PAIRS:  # refused, in words about that
+        same = []
     run = runs.saved(own.yaml(), [*overrides, *same], free=("data", "evaluation"))
     assert isinstance(run.data, PairRows)
     prompts = run.data.prompts if "data.prompts" in given else own.data.prompts

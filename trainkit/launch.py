@@ -30,11 +30,11 @@ def train(run: Run, root: Path, *, start: Path | None = None) -> int:
     return DONE if end in ("done", "patience") else STOPPED
 
 
-def resume(which: str, overrides: list[str], root: Path, config_dir: Path | None) -> int:
-    """Go on with the run that `which` names, from its folder alone.
+def resumed(which: str, overrides: list[str], root: Path, config_dir: Path | None) -> tuple[Run, Path, Path | None]:
+    """The run that `which` names, from its folder alone, the folder of runs that it is in, and where it is to `start`.
 
-    `latest`, a run's name or its folder mean its newest good checkpoint; anything else that very checkpoint. An address
-    is fetched first.
+    `latest`, a run's name or its folder mean its newest good checkpoint (None); anything else that very checkpoint. An
+    address is fetched first.
     """
     if fetch.is_url(which):
         named = fetch.fetch(which, root, differs=runs.differ, adopt=adopt, note=print)
@@ -47,7 +47,7 @@ def resume(which: str, overrides: list[str], root: Path, config_dir: Path | None
         content = adopt(runs.saved(content).yaml(), None)
     run = runs.saved(content, overrides, config_dir=config_dir)
     newest = which == "latest" or (root / which) == folder or Path(which) == folder
-    return train(run, folder.parent, start=None if newest else named)
+    return run, folder.parent, None if newest else named
 
 
 def adopt(text: str, origin: str | None) -> str:

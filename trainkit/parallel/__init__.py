@@ -1,8 +1,8 @@
 """Which processes train together. torchrun starts them; torch.distributed carries what they say."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,16 +13,16 @@ from trainkit.config import Count, Natural, config
 from trainkit.parallel import together
 from trainkit.parallel.auto import chosen
 from trainkit.parallel.group import ElsewhereError, Group, LostRankError
+from trainkit.parallel.meeting import TIMEOUT, agree, differing, meeting
 from trainkit.parallel.pace import straggler
 from trainkit.parallel.pipeline import SEVERAL, SPLIT, Schedule
 from trainkit.parallel.ranks import Ranks
 from trainkit.parallel.sizes import AXES, OWN, Shape, Sizes, refuse, sizes
 
-TIMEOUT = timedelta(minutes=10)  # a rank that says nothing for so long is taken for dead
 Size = Annotated[int, Ge(-1)]
 TRIED = ("causal_lm", "mlm", "embedding")  # tasks, of which `together` says what they cannot
 
-__all__ = ["ElsewhereError", "Group", "LostRankError", "Parallel", "Ranks", "Shape", "Sizes", "straggler"]
+__all__ = ["ElsewhereError", "Group", "LostRankError", "Parallel", "Ranks", "Shape", "Sizes", "differing", "straggler"]
 
 
 @config
@@ -135,18 +135,26 @@ class Parallel:
         kind = "fsdp" if found.dp_shard > 1 else "ddp" if found.dp_replicate > 1 else "single"
         return replace(self, kind=kind, **found.by_axis())  # type: ignore[arg-type]  # one of its kinds
 
-    def join(self, device: torch.device, *, stream: bool = False) -> Ranks:
+    def join(self, device: torch.device, *, stream: bool = False, facts: Mapping[str, str] | None = None) -> Ranks:
         """Meet the other ranks that torchrun started; without torchrun there are none. To `stream` parameters from the
-        host is FSDP's work, on one rank too."""
-        size, rank = self.sizes().world, int(os.environ.get("RANK", "0"))
+        host is FSDP's work, on one rank too.
+
+        Raises:
+            UserError: the `facts` that all have to have in common are others on some ranks; the sizes do not divide.
+        """
+        size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
         if size == 1 and not (stream or self.shards):
+            self.sizes()
             return Ranks(device=device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         backend = "cpu:gloo,cuda:nccl" if stream and device.type == "cuda" else backend  # norms are summed on the host
-        dist.init_process_group(backend, store=_meeting(), rank=rank, world_size=size, timeout=TIMEOUT)
+        store = meeting()
+        if size > 1:
+            agree(store, rank, size, facts or {})
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         host, saving = (
             Group(rank, size, dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None) for _ in range(2)
         )
@@ -156,12 +164,3 @@ class Parallel:
         """Ranks that have met, on this mesh."""
         kind = "fsdp" if stream or self.shards else "ddp" if self.copies else "single"
         return replace(ranks, kind=kind, stream=stream, sizes=self.sizes(ranks.size), how=self)
-
-
-def _meeting() -> dist.Store:
-    """Where ranks leave their addresses. torchrun keeps it over restarts, so every attempt has a place of its own in it:
-    else ranks call addresses of the dead."""
-    if "MASTER_ADDR" not in os.environ:
-        return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -85,7 +85,7 @@ def _does_not_make(kind: str, asked: dict[str, int], rest: str | None, fixed: in
     if not asked:
         return (
             f"parallel={kind} trains in one process, but torchrun started {world}: "
-            f"use parallel=ddp or parallel=fsdp, or --nproc_per_node=1"
+            f"use parallel=ddp or parallel=fsdp, or one process"
         )
     said = " × ".join(f"parallel.{axis}={n}" for axis, n in asked.items())
     if rest is None:

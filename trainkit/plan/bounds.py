@@ -49,8 +49,8 @@ def most_rows(run: Run, setting: Setting) -> int:
     sizes = mesh_of(run, setting)
     least, each, card = least_bytes(run, setting), row_bytes(run) / (sizes.tp * sizes.cp), setting.card
     rows = run.data.batch // sizes.data // sizes.pp
-    sizes = [rows] if run.memory.step_in_backward else sizes_of(rows)
-    return max((n for n in sizes if card.needed(int(least + n * each), setting.ranks) <= card.bytes), default=0)
+    tried = [rows] if run.memory.step_in_backward else sizes_of(rows)
+    return max((n for n in tried if card.needed(int(least + n * each), setting.ranks) <= card.bytes), default=0)
 
 
 def sizes_of(rows: int) -> list[int]:

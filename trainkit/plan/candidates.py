@@ -13,7 +13,6 @@ from typing import Any
 
 from trainkit import run as runs
 from trainkit.choices import choices
-from trainkit.errors import UserError
 from trainkit.models import Decoder
 from trainkit.plan.meshes import meshes
 from trainkit.plan.planned import Setting
@@ -74,7 +73,7 @@ class Candidates:
         yield from ways
         said = any(_key(word) == "data.batch" for word in self._overrides)
         if own.data.batch < self._setting.ranks and not said:
-            data = replace(own.data, batch=self._setting.ranks)  # type: ignore[type-var]  # every kind has one
+            data = replace(own.data, batch=self._setting.ranks)
             for words, run in ways[: 1 + len(PRECISIONS)]:
                 if larger := _replaced(run, data=data):
                     yield [*words, f"data.batch={self._setting.ranks}"], larger

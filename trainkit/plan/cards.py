@@ -29,8 +29,8 @@ WORKSPACES = 64 << 20  # cuBLAS's, of the thread that runs forward and the one t
 
 @dataclass(frozen=True)
 class Card:
-    """TFLOP/s by dtype, memory in GB, GB/s of memory, of the link to other cards of the machine, of that to the host, and of the
-    adapter to other machines that goes with each card, one way."""
+    """TFLOP/s by dtype, memory in GB, GB/s of memory, of the link to other cards of the machine, of that to the host, and of
+    the adapter to other machines that goes with each card, one way."""
 
     name: str
     memory: float

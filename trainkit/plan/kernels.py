@@ -56,8 +56,8 @@ class Device:
 @dataclass
 class Work:
     """What an op costs: operations in `dtype`, bytes read and written, those that the host reads and writes in its own
-    memory, bytes that go between host and device (`beside`: which waits for nobody), bytes that this rank sends to the others of
-    a `line` by a `collective`, in so many `turns`. It is done `times` over."""
+    memory, bytes that go between host and device (`beside`: which waits for nobody), bytes that this rank sends to the
+    others of a `line` by a `collective`, in so many `turns`. It is done `times` over."""
 
     flops: float = 0.0
     dtype: torch.dtype = torch.float32

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
-from trainkit.plan.engine import alone, called_by_the_engine, references
 from trainkit.parallel import Sizes
+from trainkit.plan.engine import alone, called_by_the_engine, references
 from trainkit.plan.kernels import COLLECTIVE, Device, Work, collective, where, work, workspace
-from trainkit.plan.world import Line, line
+from trainkit.plan.world import Line, group_of, of_ranks
 
 aten = torch.ops.aten
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")
@@ -104,14 +104,12 @@ class Live(TorchDispatchMode):
         return out
 
     def _talk(self, func: Any, args: Any, inputs: list[Tensor], made: list[Tensor]) -> Work | None:
-        group = next((a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())), None)
-        group = group if group is not None else next((a for a in reversed(args) if isinstance(a, str)), None)
-        if group is None or self.sizes is None:
+        """What a collective costs among the ranks of its group."""
+        if self.sizes is None or (group := group_of(args)) is None:
             return None
-        name = group if isinstance(group, str) else torch.distributed.ProcessGroup.unbox(group).group_name
-        if name not in self._lines:
-            self._lines[name] = line(group, self.sizes)
-        return collective(func, self._lines[name], inputs, made)
+        if group.group_name not in self._lines:
+            self._lines[group.group_name] = of_ranks(torch.distributed.get_process_group_ranks(group), self.sizes)
+        return collective(func, self._lines[group.group_name], inputs, made)
 
     def count(self, cost: Work) -> None:
         """Something was done that takes time."""

@@ -1,6 +1,6 @@
 """A plan: what a run would take, and whether it fits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ class Plan:
     step_s: float
     depths: tuple[int, ...]  # that were traced
     compile: str = "off"  # as the run asks; what is planned is eager
-    sizes: Sizes = Sizes()
+    sizes: Sizes = field(default_factory=Sizes)
     bubble: float = 0.0  # share of the step in which a pipeline's rank stands still
     evaluated: bool = True  # whether evaluations were traced
 
@@ -168,7 +168,7 @@ def _numbers(
     rank: int,
     whole: bool,
     sure: bool,
-    known: dict[tuple[int, int], Numbers] | None,
+    known: dict[int, Numbers] | None,
     until: float | None,
 ) -> tuple[Numbers, list[int]]:
     """What one rank takes, and the depths that were traced to know it: whole numbers of blocks on every stage."""

@@ -46,8 +46,8 @@ def trace(
     Returns:
         `("peak", phase, part, category)`, also with the category `total`, `("host",)`, `("saved",)` and, between
         steps, `("resident",)` in bytes; `("seconds", phase)`, and so `flops` and `moved` bytes of a step; `("parameters",)`;
-        `("sent", axes, collective)` bytes, and `("talked", axes, collective)` seconds of it. Of a pipeline, seconds are those of
-        a rank that never waits, and there is no evaluation.
+        `("sent", axes, collective)` bytes, and `("talked", axes, collective)` seconds of it. Of a pipeline, seconds are those
+        of a rank that never waits, and there is no evaluation.
     """
     if depth is not None:
         assert isinstance(run.model, Decoder)  # another's is traced whole

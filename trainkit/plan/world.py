@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 
 from trainkit.parallel import Ranks, Sizes
@@ -41,9 +42,9 @@ class Line:
 
 
 @contextmanager
-def started(ranks: int) -> Iterator[None]:
-    """Inside, torchrun seems to have started so many."""
-    here = min(ranks, NODE)
+def started(ranks: int, machine: int = NODE) -> Iterator[None]:
+    """Inside, torchrun seems to have started so many, as many as fit on each `machine`."""
+    here = min(ranks, machine)
     with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(here)):
         yield
 
@@ -74,14 +75,14 @@ def looked_at(sizes: Sizes) -> list[int]:
     return sorted({first, first + (sizes.pp - 1) * each})
 
 
-def line(group: Any, sizes: Sizes) -> Line:
-    """Of a process group that an operator is given, or its name."""
-    found = (
-        dist.distributed_c10d._resolve_process_group(group)
-        if isinstance(group, str)
-        else dist.ProcessGroup.unbox(group)
-    )
-    return of_ranks(dist.get_process_group_ranks(found), sizes)
+def group_of(args: Any) -> Any:
+    """The process group among the arguments of a collective, by itself or by its name."""
+    for arg in reversed(args):
+        if isinstance(arg, str):
+            return dist.distributed_c10d._resolve_process_group(arg)  # type: ignore[arg-type]  # a name is one
+        if isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith("c10d.ProcessGroup"):
+            return dist.ProcessGroup.unbox(arg)
+    return None
 
 
 def of_ranks(ranks: Iterable[int], sizes: Sizes) -> Line:

@@ -1,0 +1,53 @@
+"""What ranks other than the first say: into a file of their own in the run's folder, with their last words."""
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+_DIVERTED: list[Path] = []
+
+
+def path(folder: Path, rank: int) -> Path:
+    """Where what `rank` of the run in `folder` says is written."""
+    return folder / "logs" / f"rank-{rank}.log"
+
+
+def divert(folder: Path, rank: int) -> None:
+    """Let all that this process prints from here on, C++ and what crashes included, be added to its file. A disk that
+    refuses leaves it where it goes."""
+    file = path(folder, rank)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        print(f"warning: {file} cannot be written: {error.strerror}", file=sys.stderr)
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    _DIVERTED.append(file)
+    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}, process {os.getpid()}", flush=True)
+
+
+def trace(error: BaseException) -> None:
+    """Where an error was raised, if this process has a file that nobody has to read."""
+    if _DIVERTED:
+        traceback.print_exception(error)
+
+
+def last_words(folder: Path, rank: int, since: float) -> str | None:
+    """The last line of a rank's file, if it said something after `since` (seconds since the epoch)."""
+    try:
+        file = path(folder, rank)
+        if file.stat().st_mtime < since:
+            return None
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - 4096))
+            lines = opened.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
