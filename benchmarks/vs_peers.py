@@ -3,8 +3,9 @@
     python benchmarks/vs_peers.py --nanogpt PATH_TO_A_CHECKOUT [--rounds 7] [--json FILE]
 
 The model is GPT-2-shaped: 6 layers, width 384, 6 heads, vocabulary 50,304, tied, no bias, no dropout; 8 rows of 256
-tokens; AdamW, gradients clipped at 1. Every row (precision, eager or compiled) is a process of its own in which all
-systems take turns, a few steps each, for several rounds; the figure is the median step. The first round warms up.
+tokens; AdamW, gradients clipped at 1. Every system has a process of its own, set up in its own way; they take turns, a few
+steps each, for several rounds; the figure is the median step. The first round warms up. After each round the rate of a
+matrix product is measured, too, and the median is what MFU is of.
 """
 
 import argparse
@@ -16,12 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import random_shards
+import turns
 from peers import BATCH, CONTEXT, HEADS, LAYERS, VOCAB, WIDTH, Turn, hf_trainer, nanogpt, plain, timed
 
+SYSTEMS = ("trainkit", "nanoGPT", "HF Trainer", "plain torch")
 ROWS = [(precision, compiled) for precision in ("fp32", "bf16") for compiled in (False, True)]
 
 
@@ -35,6 +39,7 @@ def trainkit(precision: str, compiled: bool, data: Path) -> tuple[Turn, dict[str
     overrides = [f"model.{word}" for word in words.split()]
     overrides += ["data=shards", f"data.path={data}", f"data.length={CONTEXT}", f"data.batch={BATCH}", "steps=100000"]
     overrides += [f"precision={precision}", f"compile={'full' if compiled else 'off'}"]
+    overrides += ["speed.attention=math"] if compiled or precision == "bf16" else []
     run = runs.composed(overrides)
     learner = build.learner(run, run.data.open(), build.ranks(run))
     spent = {"inside": 0.0, "whole": 0.0}
@@ -61,29 +66,26 @@ def trainkit(precision: str, compiled: bool, data: Path) -> tuple[Turn, dict[str
     return timed(step), spent
 
 
-def measure(precision: str, compiled: bool, rounds: int, checkout: Path) -> dict[str, Any]:
-    """One row, in this process."""
-    import torch
-
-    torch.manual_seed(0)
+def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_malloc: bool) -> dict[str, Any]:
+    """One row: every system in a process of its own, which takes a turn whenever it is told to."""
     with tempfile.TemporaryDirectory() as name:
         data = random_shards.write(Path(name), VOCAB, 400_000)
-        ours, spent = trainkit(precision, compiled, data)
-        systems = {
-            "trainkit": ours,
-            "nanoGPT": nanogpt(precision, compiled, data, checkout),
-            "HF Trainer": hf_trainer(precision, compiled, data, Path(name) / "hf"),
-            "plain torch": plain(precision, compiled, data),
-        }
-        seconds: dict[str, list[float]] = {system: [] for system in systems}
-        for number in range(rounds + 1):
-            for system, turn in systems.items():
-                found = turn()
-                if number:
-                    seconds[system] += found
-            if not number:
-                spent.update(inside=0.0, whole=0.0)
-        rate = matmul_rate(precision)
+        seconds: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+        rates = []
+        with ExitStack() as stack:
+            row = f"{precision}-{'compiled' if compiled else 'eager'}"
+            say = [sys.executable, __file__, "--nanogpt", str(checkout), "--row", row, "--data", str(data)]
+            say += [*(["--same-malloc"] if same_malloc else []), "--system"]
+            workers = {system: stack.enter_context(turns.worker([*say, system])) for system in SYSTEMS}
+            for number in range(rounds + 1):
+                for system, ask in workers.items():
+                    found = ask()
+                    if number:
+                        seconds[system] += found["seconds"]
+                    if system == "trainkit":
+                        outside = found["outside"]
+                rates.append(matmul_rate(precision))
+    rate = statistics.median(rates)
     from trainkit import run as runs
 
     flops = runs.composed(["model=gpt2", f"model.vocab={VOCAB}", f"model.width={WIDTH}", f"model.depth={LAYERS}",
@@ -94,10 +96,37 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path) -> dict
         "compiled": compiled,
         "tokens_per_s": {system: BATCH * CONTEXT / median for system, median in medians.items()},
         "spread": {system: max(found) / min(found) for system, found in seconds.items()},
-        "outside": 1 - spent["inside"] / spent["whole"],
+        "outside": outside,
         "matmul_gflops": rate / 1e9,
         "mfu": BATCH * CONTEXT / medians["trainkit"] * flops / rate,
     }
+
+
+def work(system: str, precision: str, compiled: bool, data: Path, checkout: Path, same_malloc: bool) -> None:
+    """A system's process: a turn for every line that comes in."""
+    import torch
+
+    if same_malloc:
+        from trainkit.speed import keep_freed
+
+        keep_freed()
+
+    torch.manual_seed(0)
+    spent = {"inside": 0.0, "whole": 0.0}
+    if system == "trainkit":
+        turn, spent = trainkit(precision, compiled, data)
+    elif system == "nanoGPT":
+        turn = nanogpt(precision, compiled, data, checkout)
+    elif system == "HF Trainer":
+        turn = hf_trainer(precision, compiled, data, data.parent / "hf")
+    else:
+        turn = plain(precision, compiled, data)
+
+    def take() -> dict[str, Any]:
+        spent.update(inside=0.0, whole=0.0)
+        return {"seconds": turn(), "outside": 1 - spent["inside"] / spent["whole"] if spent["whole"] else 0.0}
+
+    turns.serve(take)
 
 
 def matmul_rate(precision: str) -> float:
@@ -105,7 +134,9 @@ def matmul_rate(precision: str) -> float:
 
     from trainkit import hardware
 
-    return hardware.peak_flops(torch.device("cpu"), torch.bfloat16 if precision == "bf16" else torch.float32)
+    return hardware.peak_flops.__wrapped__(
+        torch.device("cpu"), torch.bfloat16 if precision == "bf16" else torch.float32
+    )
 
 
 def main() -> None:
@@ -115,16 +146,34 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--same-malloc", action="store_true", help="give the peers what speed.keep_freed does, too")
     parser.add_argument("--row", help="only this row, such as bf16-compiled; prints JSON")
+    parser.add_argument("--system", choices=SYSTEMS, help="be this system's process; for the script itself")
+    parser.add_argument("--data", type=Path, help="its data")
     arguments = parser.parse_args()
     if arguments.row:
         precision, _, way = arguments.row.partition("-")
-        print(json.dumps(measure(precision, way == "compiled", arguments.rounds, arguments.nanogpt)))
+        if arguments.system:
+            work(
+                arguments.system,
+                precision,
+                way == "compiled",
+                arguments.data,
+                arguments.nanogpt,
+                arguments.same_malloc and precision == "bf16",  # where trainkit does so
+            )
+            return
+        print(
+            json.dumps(
+                measure(precision, way == "compiled", arguments.rounds, arguments.nanogpt, arguments.same_malloc)
+            )
+        )
         return
     rows = []
     for precision, compiled in ROWS:
         row = f"{precision}-{'compiled' if compiled else 'eager'}"
         command = [sys.executable, __file__, "--nanogpt", str(arguments.nanogpt), "--rounds", str(arguments.rounds)]
+        command += ["--same-malloc"] if arguments.same_malloc else []
         found = subprocess.run([*command, "--row", row], stdout=subprocess.PIPE, check=True, env=os.environ)
         rows.append(json.loads(found.stdout.splitlines()[-1]))
         show(rows[-1])
@@ -135,11 +184,12 @@ def main() -> None:
 def show(row: dict[str, Any]) -> None:
     speeds = row["tokens_per_s"]
     best = max(speed for system, speed in speeds.items() if system != "trainkit")
+    nano = speeds["trainkit"] / speeds["nanoGPT"]
     cells = " | ".join(f"{speed:,.0f}" for speed in speeds.values())
     name = f"{row['precision']} {'compiled' if row['compiled'] else 'eager'}"
     ratio, mfu, outside = speeds["trainkit"] / best, row["mfu"], row["outside"]
     print(
-        f"| {name} | {cells} | {ratio:.2f} | {mfu:.0%} of {row['matmul_gflops']:.0f} GFLOP/s | {outside:.2%} |",
+        f"| {name} | {cells} | {nano:.2f} | {ratio:.2f} | {mfu:.0%} of {row['matmul_gflops']:.0f} GFLOP/s | {outside:.2%} |",
         flush=True,
     )
 

@@ -65,6 +65,8 @@ FLOORS = [
         "sampling",
         "say",
         "embed",
+        "export_vectors",
+        "mteb_eval",
         "floors",
         "prepare",
         "merge",

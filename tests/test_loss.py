@@ -13,8 +13,10 @@ from trainkit.tasks.loss import summed_loss
 
 @pytest.fixture(autouse=True)
 def three_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gone over in blocks of seven rows."""
     monkeypatch.setattr(loss, "WHOLE", 0)
     monkeypatch.setattr(loss, "CHUNK", 20 * 7000)
+    monkeypatch.setattr(loss, "BLOCK", 7 * 7000)
 
 
 def exact(hidden: Tensor, unembed: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

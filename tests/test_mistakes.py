@@ -16,6 +16,9 @@ from trainkit.cli import main
 WRONG = {
     "model=tinny": "model has no choice 'tinny'; did you mean 'tiny'",
     "memory=checkpoint+8bits": "memory has no choice '8bits'",
+    "memory=paged8bit": "memory=8bit+offload_optimizer keeps them on the host",
+    "optimizer=paged_adamw8bit": "memory=8bit+offload_optimizer keeps them on the host",
+    "optimizer=adamw_4bit": "optimizer=adamw memory=4bit",
     "memory=baseline,checkpoint": "memory=baseline,checkpoint is a sweep, and one run takes one choice",
     "memory=8bit+4bit": "8bit says memory.states.format=int8 and 4bit says int4: take one of the two",
     "memory=step_in_backward": "the gradient's norm is not known yet: set clip=0",

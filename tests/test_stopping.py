@@ -131,6 +131,27 @@ def compile_under(signals: Signals, *, immediate: bool) -> None:
         raise RuntimeError("the backend failed")
 
 
+@pytest.mark.parametrize("module", ["torch._dynamo.convert_frame", "torch._inductor.graph", "torch.nn.modules"])
+def test_a_stop_while_torch_compiles_passes_no_native_code(module: str) -> None:
+    """Which aborts at an exception that it did not expect. Anywhere else things are put in order on the way out."""
+    code = f"""
+import signal
+from trainkit.signals import Signals
+pretended = compile("signal.raise_signal(signal.SIGTERM)", "compiler", "exec")
+try:
+    with Signals():
+        exec(pretended, {{"__name__": {module!r}, "signal": signal}})
+except BaseException as error:
+    print("on the way out", type(error).__name__, error)
+    raise SystemExit(75)
+"""
+    process = start(sys.executable, "-c", code)
+    out, _ = process.communicate(timeout=60)
+    line = "stopped by SIGTERM before the first step: nothing is lost"
+    assert process.returncode == 75
+    assert out == (f"on the way out StopNow {line}\n" if module == "torch.nn.modules" else f"trainkit: {line}\n")
+
+
 @pytest.mark.timeout(600)
 def test_a_stop_while_python_takes_itself_down_changes_nothing() -> None:
     code = """

@@ -210,7 +210,8 @@ def _trainer(
         came = starts.load(run, it, corpus.tokenizer, folder.parent)
         checkpointer.notes.append(f"began with the weights of {came}")
     it.fitting.advice = run.memory.advice()
-    how = {"device": hardware.name(joined.device), "memory": run.memory.describe(), "compile": run.compile}
+    how = {"device": hardware.name(joined.device), "memory": str(run.memory), "compile": run.compile}
+    how |= {"attention": run.speed.attention}
     fitting.settle(it, folder, run.memory.microbatch, how, lambda text: trackers.note(text))
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent

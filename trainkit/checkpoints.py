@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from trainkit import run as runs
@@ -105,10 +105,10 @@ def diff(first: str, second: str, root: Path, *, as_json: bool, most: int = 10) 
         for name in said[key]:
             print(f"  {key.replace('_', ' ')}: {name}")
     print(f"  {said['equal']} tensors are equal to the bit, {len(said['moved'])} are not")
-    table = Table("tensor", "norm", "relative change", box=None, pad_edge=False)
+    table = Table("norm", "relative change", Column("tensor", overflow="fold"), box=None, pad_edge=False)
     for name, (norm, change) in sorted(moved.items(), key=lambda item: -item[1][1])[:most]:
         if change:
-            table.add_row(name, f"{norm:.4g}", f"{change:.3g}")
+            table.add_row(f"{norm:.4g}", f"{change:.3g}", name)
     Console().print(table)
 
 

@@ -91,12 +91,29 @@ class Encoder:
         return np.empty((0, width or 0), dtype=np.float32) if vectors is None else vectors
 
 
+PAIRS = ("pairs", "wordnet", "stsb")
+
+
+def reading_alike(own: Run, overrides: list[str]) -> Run:
+    """`own` on other data, whose texts are read as those that it has learned from: between the same specials, as long, and
+    behind the same prompts, unless a person says otherwise."""
+    assert isinstance(own.data, PairRows)  # a run of this task has no other
+    given = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    same = [f"data.{key}={getattr(own.data, key)}" for key in ("specials", "length") if f"data.{key}" not in given]
+    if given.get("data", "pairs") not in PAIRS:  # refused, in words about that
+        same = []
+    run = runs.saved(own.yaml(), [*overrides, *same], free=("data", "evaluation"))
+    assert isinstance(run.data, PairRows)
+    prompts = run.data.prompts if "data.prompts" in given else own.data.prompts
+    return replace(run, data=replace(run.data, prompts=prompts))
+
+
 def report(loaded: Loaded, own: Run, overrides: list[str], *, quantize: str | None, as_json: bool) -> None:
     """Print what the task measures on the held-out pairs of the checkpoint's own data or of `data=...`, read by the
     checkpoint's tokenizer, beside what a model that has learned nothing and common words reach."""
-    run = runs.saved(own.yaml(), overrides, free=("data", "evaluation"))
+    run = reading_alike(own, overrides)
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
-    assert isinstance(run.data, PairRows)  # a run of this task has no other
+    assert isinstance(run.data, PairRows)
     run.data.check()
     tokenizer = tokenizer_of(loaded)
     with bytes_bar() as progress:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainkit import __version__, imports
+from trainkit import export_vectors as vectors
 from trainkit import run as runs
 from trainkit.benchmark.picture import can_draw
 from trainkit.checkpoint import Loaded
@@ -18,6 +19,7 @@ from trainkit.data.tokenizers import Tokenizer
 from trainkit.errors import UserError, nearest
 from trainkit.hf import card, families, folder, names, peft, source, to_gguf
 from trainkit.hf import push as hub
+from trainkit.hf.sentences import STATIC
 from trainkit.learner import load_model
 from trainkit.models import Foreign, adapters
 from trainkit.opened import opened, tokenizer_of
@@ -33,6 +35,11 @@ model = AutoModelForCausalLM.from_pretrained({name!r})
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 ids = tokenizer({prompt!r}, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))"""
+USE_ENCODER = """from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained({name!r})
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+print(model(**tokenizer({prompt!r}, return_tensors="pt")).last_hidden_state)"""
 
 
 def export(
@@ -63,6 +70,9 @@ def export(
         hub.check(push)
     folder.refuse_what_is_there(out)
     loaded, run = opened(which, root)
+    of_texts = run.task.takes == "pairs"
+    if of_texts and (adapter or gguf):
+        raise UserError(f"{run.name} makes vectors, which are written whole: leave --adapter and --gguf out")
     model = run.task.build(run.model.build())
     load_model(model, loaded.tensors)
     if adapter:
@@ -83,9 +93,14 @@ def export(
         for name, content in exported.files(tokenizer, run.model.context).items():
             (place / name).write_bytes(content)
         ends = _ends(tokenizer)
-        described |= ends | {"dtype": str(DTYPES[dtype]).removeprefix("torch."), "use_cache": True}
-        _write_json(place / source.CONFIG, described)
-        _write_json(place / "generation_config.json", ends)
+        described |= ends | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+        if run.task.writes:
+            described["use_cache"] = True
+            _write_json(place / "generation_config.json", ends)
+        if "model_type" in described:
+            _write_json(place / source.CONFIG, described)
+        if of_texts:
+            vectors.write(place, model, run, tokenizer, DTYPES[dtype])
         if gguf is not None:
             file, text = place / f"model-{gguf}.gguf", exported.tokenizer_json(tokenizer)
             template = getattr(tokenizer, "words", {}).get("template")
@@ -98,8 +113,17 @@ def export(
     print(
         f"{out} holds {run.name} as {described['architectures'][0]}, {human_bytes(size)} in {dtype}. What to try next:"
     )
-    print(f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}')('Call me'))\"")
-    print(f"  trainkit train model=hf model.name={out} data=text data.path=A_FOLDER")
+    if of_texts:
+        print(
+            f"  python -c \"from sentence_transformers import SentenceTransformer as S; print(S('{out}').encode('Hi'))\""
+        )
+    elif run.task.writes:
+        print(
+            f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}')('Call me'))\""
+        )
+        print(f"  trainkit train model=hf model.name={out} data=text data.path=A_FOLDER")
+    else:
+        print(f"  trainkit train task=embedding model=hf model.name={out} data=pairs data.path=PAIRS.tsv")
     _pushed(out, push, private, run, loaded)
 
 
@@ -114,6 +138,8 @@ def _model(model: nn.Module, run: Run) -> tuple[dict[str, Any], dict[str, Tensor
     state = {
         name.removeprefix("backbone."): t for name, t in adapters.merged(model).items() if name.startswith("backbone.")
     }
+    if run.task.takes == "pairs" and vectors.is_table(run):
+        return {"architectures": [STATIC]}, vectors.table(state)
     if isinstance(run.model, Foreign):
         known = dict(run.model.config or {})
         known.setdefault("architectures", [type(model.backbone.inner).__name__])
@@ -122,7 +148,8 @@ def _model(model: nn.Module, run: Run) -> tuple[dict[str, Any], dict[str, Tensor
         described = families.config(run.model)
     except families.Unlike as why:
         raise UserError(f"{run.name} cannot be exported: no architecture of transformers is it; {why}") from why
-    return described, names.theirs(state, run.model, described["model_type"])
+    tensors = names.theirs(state, run.model, described["model_type"])
+    return (described, tensors) if run.task.writes else vectors.bare(described, tensors)
 
 
 def _write_adapter(model: nn.Module, run: Run, place: Path) -> str:
@@ -198,7 +225,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> bool:
 
 
 def _card(loaded: Loaded, run: Run, rows: list[dict[str, Any]], drawn: bool, name: str) -> str:
-    data = loaded.state.get("data", {})
+    data, of_texts = loaded.state.get("data", {}), run.task.takes == "pairs"
     facts = {
         "Parameters": human_count(run.model.parameters()),
         "Step": f"{loaded.step} of {run.steps}",
@@ -209,14 +236,15 @@ def _card(loaded: Loaded, run: Run, rows: list[dict[str, Any]], drawn: bool, nam
     }
     return card.text(
         name=name,
-        task="text-generation",
+        task="text-generation" if run.task.writes else "sentence-similarity" if of_texts else "feature-extraction",
+        library="sentence-transformers" if of_texts else "transformers",
         facts=facts,
         metrics=rows,
         run=run.yaml(),
         base=(run.start_from or "").removeprefix(source.PREFIX) if source.is_source(run.start_from) else None,
         version=__version__,
         picture=drawn,
-        use=USE.format(name=name, prompt="Call me"),
+        use=(USE if run.task.writes else vectors.USE if of_texts else USE_ENCODER).format(name=name, prompt="Call me"),
     )
 
 

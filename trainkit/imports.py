@@ -8,13 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import UserError
-from trainkit.hf import names, peft, source, weights
+from trainkit.hf import encoders, names, peft, sentences, source, weights
 from trainkit.learner import Learner
 from trainkit.models.adapters import AdaptedLinear, adapted, fill
 from trainkit.models.foreign import ForeignBackbone
 from trainkit.run import Run
 
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # what old files hold beside what was learned
+BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".rotary_emb.inv_freq",
+    "embeddings.position_ids",
+)  # what old files hold beside what was learned
 PROBE = "The quick brown fox, 42 of them: naïve café\n\n  def f(x):\treturn x"
 
 
@@ -56,6 +61,11 @@ def read_into(model: nn.Module, folder: Path) -> None:
     """
     base = source.base_of(folder)
     _read_base(model, base)
+    if (projection := getattr(model, "projection", None)) is not None and (said := sentences.read(base)) and said.dense:
+        whole = sentences.matrix(said)
+        _refuse_shape("projection.weight", whole, projection.weight)
+        with torch.no_grad():
+            fill(projection.weight.detach(), whole)
     if base != folder:
         _read_adapter(model, source.config_of(base)["model_type"], folder)
 
@@ -63,11 +73,12 @@ def read_into(model: nn.Module, folder: Path) -> None:
 def _read_base(model: nn.Module, folder: Path) -> None:
     known = source.config_of(folder)
     layers = {name.removeprefix("backbone."): layer for name, layer in adapted(model)}
-    own = {name.removeprefix("backbone."): t.detach() for name, t in model.state_dict().items()}
+    state = {name: t.detach() for name, t in model.state_dict().items() if name.startswith("backbone.")}
+    own = {name.removeprefix("backbone."): t for name, t in state.items()}
     inside = {f"{name}.{part}" for name, layer in layers.items() for part in layer.state_dict() if part != "bias"}
     wanted = [*(name for name in own if name not in inside), *(f"{name}.weight" for name in layers)]
     foreign = isinstance(model.backbone, ForeignBackbone)
-    given = _by_transformers(wanted, known, folder) if foreign else _by_name(wanted, known["model_type"], folder)
+    given = _by_transformers(wanted, known, folder) if foreign else _by_name(wanted, known, folder)
     with torch.no_grad():
         for name, whole in given:
             layer = layers.get(name.removesuffix(".weight"))
@@ -121,10 +132,10 @@ def refuse_other_ids(folder: Path, tokenizer: Any) -> None:
         )
 
 
-def _by_name(wanted: list[str], family: str, folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _by_name(wanted: list[str], known: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Our decoder's tensors, of a family's in a folder's files."""
     with weights.opened(folder) as given:
-        for name, there in _places(wanted, family, given, folder).items():
+        for name, there in _places(wanted, known, given, folder).items():
             yield name, there.join([given.get(n) for n in there.names])
 
 
@@ -144,13 +155,19 @@ def _by_transformers(wanted: list[str], known: Mapping[str, Any], folder: Path) 
         yield name, state[name.removeprefix("inner.")]
 
 
-def _places(wanted: list[str], family: str, given: weights.Tensors, folder: Path) -> dict[str, names.Place]:
+def _places(
+    wanted: list[str], known: Mapping[str, Any], given: weights.Tensors, folder: Path
+) -> dict[str, names.Place]:
+    family = known["model_type"]
+    skipped = encoders.skipped(known) if family in encoders.DEFAULTS else 0
     try:
-        places = names.gathered(wanted, family, given.__contains__)
+        places = names.gathered(wanted, family, given.__contains__, skipped)
     except KeyError as error:
         raise UserError(f"{folder} has no tensor {error.args[0]}, which its config speaks of") from error
     used = {name for there in places.values() for name in there.names}
-    if odd := sorted(_more(given, used, "head.weight" in places)):
+    left = _more(given, used, "head.weight" in places)
+    left = [name for name in left if family not in encoders.DEFAULTS or not name.startswith(names.HEADS)]
+    if odd := sorted(left):
         raise UserError(
             f"{folder} has a tensor {odd[0]}, of which its config says nothing: it is another model than it says"
         )

@@ -12,7 +12,7 @@ from trainkit.checkpoint.manifest import Manifest
 from trainkit.data import tokenizers
 from trainkit.data.pretrained import tokenizer_at
 from trainkit.errors import DamagedError, UserError
-from trainkit.hf import source
+from trainkit.hf import resolve, source
 from trainkit.launch import policy
 from trainkit.learner import MODEL
 from trainkit.run import Run
@@ -46,7 +46,9 @@ def tokenizer_of(loaded: Loaded) -> tokenizers.Tokenizer:
 
 def _somebodys(name: str) -> tuple[Loaded, Run]:
     """A model that no run here has trained yet, as a checkpoint at step 0."""
-    run = runs.composed(["model=hf", f"model.name={name}", "data.length=1"])
+    length = resolve.makes_vectors(name)
+    words = ["data.length=1"] if length is None else ["task=embedding", "data=pairs", f"data.length={length}"]
+    run = runs.composed(["model=hf", f"model.name={name}", *words])
     folder = source.located(name)
     model = run.task.build(run.model.build())
     imports.read_into(model, folder)

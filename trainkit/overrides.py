@@ -68,7 +68,8 @@ class Overrides:
         names = [n.strip() for n in re.split(r"[+,]", inner)] if several else [value]
         for name in names:
             if name not in self._choices[group] and not (name == "null" and group in MAY_BE_NULL):
-                raise UserError(f"{group} has no choice '{name}'{nearest(name, self._choices[group])}")
+                said = _called_otherwise(group, name) or nearest(name, self._choices[group])
+                raise UserError(f"{group} has no choice '{name}'{said}")
         if several:
             self._refuse_clash(group, names)
         # in one order however they are typed: what is said of the same key twice is the same then
@@ -135,6 +136,15 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{key}.")
         elif key != "defaults":  # Hydra's own word
             yield prefix + key, value
+
+
+def _called_otherwise(group: str, name: str) -> str:
+    """What to say to somebody who asks for another program's optimizer of few bits; nothing to others."""
+    if group in ("memory", "optimizer") and "paged" in name:
+        return ": bitsandbytes' paged states lie where CUDA moves them; memory=8bit+offload_optimizer keeps them on the host"
+    if group == "optimizer" and (bits := re.search(r"([48])-?_?bit", name)):
+        return f": bits are not the optimizer's but memory's: optimizer=adamw memory={bits[1]}bit"
+    return ""
 
 
 def _join_hint(group: str, value: str) -> str:

@@ -25,7 +25,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 class Speed:
     """`attention`: sdpa is torch's scaled_dot_product_attention; flash is the flash-attn package (Dao 2023,
     arXiv:2307.08691), where a row is one document; flex is FlexAttention (Dong et al. 2024, arXiv:2412.05496), which leaves
-    out blocks that a mask of documents or a window hides. `cuda_graphs` has a compiled step's kernels launched at once.
+    out blocks that a mask of documents or a window hides; math makes whole scores by matrix products, which is faster on a
+    CPU for short rows, and holds them. `cuda_graphs` has a compiled step's kernels launched at once.
 
     `threads` is of this process on the CPU; `affinity` gives every process of a machine cores of its own. `allocator` is
     PYTORCH_ALLOC_CONF, where the environment does not set it. With `keep_freed` memory that tensors on the CPU leave stays
@@ -33,7 +34,7 @@ class Speed:
     in 16 bits, which is where that takes a good part of a step.
     """
 
-    attention: Literal["sdpa", "flash", "flex"] = "sdpa"
+    attention: Literal["sdpa", "flash", "flex", "math"] = "sdpa"
     cuda_graphs: bool = False
     threads: Count | None = None
     affinity: bool = False
@@ -46,7 +47,7 @@ class Speed:
         Raises:
             UserError: what is missing, and what to use.
         """
-        if self.attention != "sdpa" and device.type != "cuda":
+        if self.attention in ("flash", "flex") and device.type != "cuda":
             raise UserError(f"speed.attention={self.attention} trains on an NVIDIA GPU only: use speed.attention=sdpa")
         if self.attention == "flash" and dtype not in (torch.float16, torch.bfloat16):
             raise UserError(f"speed.attention=flash computes in 16 bits, not in {dtype}: use precision=bf16 or sdpa")

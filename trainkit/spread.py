@@ -26,8 +26,8 @@ from trainkit.slices import Part, fill
 BACKBONE = "backbone."
 
 
-def settled(run: Run) -> Run:
-    """`run` with the mesh that parallel=auto means on these ranks.
+def settled(run: Run, memory: int | None = None) -> Run:
+    """`run` with the mesh that parallel=auto means on these ranks, each with so many bytes of `memory` (None: as there are).
 
     Raises:
         UserError: there is none, or something else in the run cannot be done on it.
@@ -38,10 +38,10 @@ def settled(run: Run) -> Run:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # ranks share the host's memory
     width = getattr(torch, run.precision.params).itemsize
     mesh = run.parallel.settled(
-        _shape(run),
+        shape(run),
         batch=run.data.batch,
         state=4 * width * run.model.parameters(),  # weights, gradients, two moments
-        memory=hardware.memory(device) // here,
+        memory=hardware.memory(device) // here if memory is None else memory,
     )
     try:
         return replace(run, parallel=mesh)
@@ -51,7 +51,7 @@ def settled(run: Run) -> Run:
 
 def check(run: Run) -> None:
     """Raise UserError where the ranks that torchrun started cannot share the run."""
-    run.parallel.check(_shape(run))
+    run.parallel.check(shape(run))
     sizes = run.parallel.sizes()
     if isinstance(run.model, Decoder):
         _refuse_cut_blocks(run, run.model, sizes.tp)
@@ -81,7 +81,8 @@ def _refuse_cut_blocks(run: Run, model: Decoder, ranks: int) -> None:
             )
 
 
-def _shape(run: Run) -> Shape:
+def shape(run: Run) -> Shape:
+    """What the sizes of a mesh have to divide."""
     heads, kv_heads, _ = run.model.attention.shape(run.model.width)
     hidden = run.model.mlp.width(run.model.width) if isinstance(run.model, Decoder) else run.model.width
     return Shape(

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from trainkit import build, embed, hardware
+from trainkit import build, embed, hardware, mteb_eval
 from trainkit import run as runs
 from trainkit import start as starts
 from trainkit.errors import UserError, nearest
@@ -21,9 +21,14 @@ from trainkit.units import human_bytes
 
 
 def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | None, as_json: bool) -> None:
-    """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`."""
+    """Print what the task measures on the validation split, of the checkpoint's own data or of `data=...`; or with `eval=mteb`
+    what that library does."""
+    others = mteb_eval.asked(overrides)
     loaded, own = opened(which, root)
     refuse_format(quantize, own)
+    if others:
+        mteb_eval.evaluate(loaded, own, overrides, quantize=quantize, as_json=as_json)
+        return
     if own.task.takes == "pairs":
         embed.report(loaded, own, overrides, quantize=quantize, as_json=as_json)
         return

@@ -76,7 +76,7 @@ def test_room_is_left_for_moments_that_are_not_made_yet(learner: Callable[..., L
 def test_a_run_finds_its_microbatch_and_remembers_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    what = ["tracking=console", "memory.microbatch=auto"]
+    what = ["tracking=console", "memory=checkpoint", "memory.checkpoint.every=2", "memory.microbatch=auto"]
     monkeypatch.setattr(Gauge, "free", 10**9)
     monkeypatch.setattr(fitting, "Room", Gauge)
     tried = too_many(monkeypatch, 99)
@@ -88,7 +88,9 @@ def test_a_run_finds_its_microbatch_and_remembers_it(
         tried.clear()
         assert "batch: 8 rows × 1 accumulated" in capsys.readouterr().out
     assert trials == 0  # the second time it is known
-    assert json.loads(Path("runs/a/microbatch.json").read_text())["asked"] == "auto"
+    known = json.loads(Path("runs/a/microbatch.json").read_text())
+    assert known["asked"] == "auto"
+    assert "every=2" in known["memory"]  # all that is said of a strategy, for another of its kind takes other memory
 
 
 def test_sizes_halve_and_what_a_row_takes_is_foreseen() -> None:

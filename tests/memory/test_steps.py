@@ -282,6 +282,16 @@ def test_every_pair_works_or_is_refused_in_one_sentence(learner: Callable[..., L
 
 def test_a_person_is_told_the_grades() -> None:
     run = runs.composed([*SMALL, "memory=offload_optimizer+8bit+checkpoint", "memory.grad_dtype=bfloat16"])
-    told = "checkpoint (exact) + states (approximate) + offload_optimizer (exact) + gradients in bfloat16"
+    told = "checkpoint (exact) + 8bit (approximate) + offload_optimizer (exact) + gradients in bfloat16"
     assert run.memory.describe() == f"{told} + fused_loss where logits are large (reordered)"
     assert runs.composed([*SMALL, "memory=baseline"]).memory.describe() == "baseline"
+    for words, told in {
+        "memory=4bit": "4bit (approximate)",
+        "memory=selective": "selective (exact)",
+        "memory=checkpoint memory.checkpoint.every=3": "checkpoint every 3 blocks (exact)",
+        "memory=checkpoint memory.checkpoint.budget=0.5 compile=full": (
+            "checkpoint within 0.5 of the activations (reordered)"
+        ),
+    }.items():
+        found = runs.composed([*SMALL, *words.split()]).memory.describe()
+        assert found == f"{told} + fused_loss where logits are large (reordered)"

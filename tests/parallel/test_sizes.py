@@ -90,6 +90,8 @@ def test_what_does_not_divide_is_refused_with_what_would(
 
 TRIES = {
     "model.adapter": ["model/adapter=lora", "start_from=base"],
+    "model.post_norm": ["model.post_norm=true"],
+    "model.embed_norm": ["model.embed_norm=true"],
     "precision.float8": ["precision=bf16", "precision.float8.recipe=rowwise", "precision.float8.emulate=true"],
     "precision.rounding=stochastic": ["precision=bf16_pure"],
     "task=mlm": ["task=mlm", "model.attention.causal=false", "evaluation.sample_tokens=0"],

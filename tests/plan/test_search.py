@@ -15,6 +15,7 @@ from trainkit import cli
 from trainkit import run as runs
 from trainkit.choices import choices
 from trainkit.errors import UserError
+from trainkit.parallel import Sizes
 from trainkit.plan import bounds, candidates, cards, report, search
 from trainkit.plan import planned as planning
 from trainkit.plan.candidates import Candidates
@@ -37,7 +38,7 @@ def made(setting: Setting, needed: int, step_s: float, microbatch: int) -> Plan:
         by_category={"parameters": needed},
         needed=needed,
         host_bytes=0,
-        sent_bytes=0,
+        talk=(),
         moved_bytes=0,
         checkpoint_bytes=30,
         microbatch=microbatch,
@@ -50,7 +51,7 @@ def made(setting: Setting, needed: int, step_s: float, microbatch: int) -> Plan:
 
 def arithmetic(run: Run, setting: Setting, **how: Any) -> Plan:
     """A plan without a trace: 8 GB a row; checkpointing saves 6 of them, offloading 5, and both take time."""
-    rows = run.data.batch // setting.ranks
+    rows = search.rows_of(run, setting)
     rows = min(run.memory.microbatch or rows, rows)
     each, seconds = 8.0, 1.0 + 1.0 / rows
     if run.memory.checkpoint:
@@ -167,11 +168,38 @@ def test_where_nothing_fits_the_nearest_comes_first(monkeypatch: pytest.MonkeyPa
     assert "memory.microbatch=1" in ways[0].overrides
 
 
-def test_of_several_cards_every_way_to_share_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = found(monkeypatch, 1000, "data.batch=16", ranks=16)
-    assert {"parallel=ddp", "parallel=fsdp"} <= {word for w in ways for word in w.overrides}
+def test_of_several_cards_every_mesh_is_a_candidate() -> None:
+    shape = ["model.attention.heads=4", "model.attention.kv_heads=2", "model.depth=4", "data.batch=8", "data.length=32"]
+    every = list(Candidates(shape, None, Setting(H100, 8)))
+    meshes = {c.run.parallel.sizes(8, 1) for c in every}
+    for one in (Sizes(dp_replicate=8), Sizes(dp_shard=8), Sizes(dp_replicate=2, dp_shard=4), Sizes(dp_shard=4, tp=2)):
+        assert one in meshes
+    assert {m.tp for m in meshes} == {1, 2}  # as the heads of keys divide
+    assert Sizes(pp=4, dp_replicate=2) in meshes
+    assert not any(m.pp == 8 for m in meshes)  # as the depth does not
+    for c in every[:: len(every) // 12]:
+        said = runs.composed(list(c.overrides))
+        assert said == replace(c.run, name=said.name)
+
+
+def test_a_mesh_that_a_person_gave_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["parallel=fsdp", "parallel.tp=2", "data.batch=16"]
+    ways = found(monkeypatch, 1000, *given, ranks=16)
+    assert {w.plan.setting.ranks for w in ways} == {16}
+    assert all(set(given) <= set(w.overrides) for w in ways)
     line = report.command(ways[0])
-    assert line.startswith("torchrun --nnodes=2 --nproc_per_node=8 -m trainkit train data.batch=16")
+    assert line.startswith("torchrun --nnodes=2 --nproc_per_node=8 -m trainkit train parallel=fsdp parallel.tp=2 data")
+
+
+def test_a_batch_that_nobody_gave_may_grow_with_the_ranks() -> None:
+    def batches(*words: str) -> set[int]:
+        return {c.run.data.batch for c in Candidates([*words, "model.depth=1"], None, Setting(H100, 32))}
+
+    assert batches() == {16, 32}
+    assert batches("data.batch=16") == {16}
+    grown = [c for c in Candidates(["model.depth=1"], None, Setting(H100, 32)) if c.run.data.batch == 32]
+    assert {c.grade for c in grown} == {"changes what is learned"}
+    assert all("data.batch=32" in c.changes for c in grown)
 
 
 def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +305,9 @@ def test_a_script_can_ask_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> No
     ("words", "said"),
     [
         (["--gpus", "8xh100"], "add parallel=ddp or parallel=fsdp"),
-        (["--gpus", "3xh100", "parallel=ddp"], "use data.batch=6"),
+        (["--gpus", "3xh100", "parallel=ddp"], "data.batch=4 rows do not divide over 3 ranks: use 3 or 6"),
+        (["--gpus", "4xh100", "parallel=tp"], "model.attention.heads=2 does not divide by parallel.tp=4: use 1 or 2"),
+        (["--gpus", "2xh100", "parallel=pp", "memory=stream"], "memory=stream cannot go with parallel.pp"),
         (["--gpu", "rtx9"], "is not known"),
     ],
 )

@@ -15,6 +15,7 @@ from trainkit.plan.kernels import Device, Work
 from trainkit.plan.live import CATEGORIES, Live
 from trainkit.plan.planned import Plan, Setting, plan
 from trainkit.plan.trace import Numbers, trace
+from trainkit.plan.world import Line
 
 CPU = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
 H100 = CARDS["h100"]
@@ -77,7 +78,7 @@ def test_what_is_linear_in_nothing_is_traced_whole() -> None:
 
 def test_flops_are_those_of_the_formula() -> None:
     run = runs.composed([*SMALL, "model.depth=3", "data.batch=4", "memory.microbatch=1", "name=t"])
-    numbers = traced("model.depth=3", "data.batch=4", "memory.microbatch=1", device=CPU.device(1), documents=False)
+    numbers = traced("model.depth=3", "data.batch=4", "memory.microbatch=1", device=CPU.device(), documents=False)
     counted = sum(numbers["flops", phase] for phase in ("forward", "backward", "update"))
     # of attention's backward the formula has four products where the kernel makes five
     assert counted == pytest.approx(run.model.flops_per_token(64) * 4 * 64, rel=0.02)
@@ -85,7 +86,7 @@ def test_flops_are_those_of_the_formula() -> None:
 
 def test_checkpointing_runs_the_forward_again() -> None:
     once, again = (
-        traced("model.depth=4", how, device=CPU.device(1)) for how in ("memory=baseline", "memory=checkpoint")
+        traced("model.depth=4", how, device=CPU.device()) for how in ("memory=baseline", "memory=checkpoint")
     )
     tokens = 16 * 64
     head = 2 * tokens * 64 * 512
@@ -96,7 +97,7 @@ def test_checkpointing_runs_the_forward_again() -> None:
 
 def test_work_counts_every_microbatch_and_one_update() -> None:
     ways = ["memory.microbatch=1", "memory.microbatch=2", "memory.microbatch=8", "memory.microbatch=null"]
-    each = [traced("data.batch=8", "model.depth=2", way, device=CPU.device(1)) for way in ways]
+    each = [traced("data.batch=8", "model.depth=2", way, device=CPU.device()) for way in ways]
     for phase in ("forward", "backward", "update"):
         assert len({round(n["flops", phase]) for n in each}) == 1
     assert each[0]["seconds", "update"] == pytest.approx(each[2]["seconds", "update"], rel=0.01)
@@ -188,4 +189,17 @@ def test_a_roofline_takes_the_slower_of_arithmetic_and_memory() -> None:
     moved, beside = Work(moved=20_000_000_000), Work(moved=20_000_000_000, beside=True)
     assert card.seconds([thick, moved], efficiency=0.65, tf32=False) == pytest.approx(2.0, rel=1e-4)
     assert card.seconds([thick, beside], efficiency=0.65, tf32=False) == pytest.approx(1.0, rel=1e-4)
-    assert card.seconds([thick, Work(sent=30_000_000_000)], efficiency=0.65, tf32=False) == pytest.approx(3.0)
+    near = Work(sent=24_000_000_000, line=Line("dp_shard", 4, 4))
+    assert card.seconds([thick, near], efficiency=0.65, tf32=False) == pytest.approx(3.0)
+    inside = Work(sent=24_000_000_000, line=Line("tp", 4, 4))
+    assert card.seconds([thick, inside], efficiency=0.65, tf32=False) == pytest.approx(4.0)
+
+
+def test_between_machines_every_rank_of_one_brings_its_adapter() -> None:
+    card = CARDS["h100"]
+    one, all_ = Line("dp_replicate", 4, 1), Line("dp_shard", 32, 8)
+    assert card.talked(one, 40e9, 0) == pytest.approx(1.0)  # 50 GB/s at 80 %
+    assert card.talked(all_, 320e9, 0) == pytest.approx(1.0)  # eight of them
+    assert card.talked(Line("tp", 8, 8), 360e9, 0) == pytest.approx(1.0)
+    assert card.talked(one, 0, 3) == pytest.approx(3 * 5e-6)
+    assert card.talked(all_, 0, 32) == pytest.approx(4 * 5e-6 + 28 * 1e-6)

@@ -18,6 +18,7 @@ import torch
 
 from trainkit import build, hardware
 from trainkit import run as runs
+from trainkit.benchmark import talk
 from trainkit.benchmark.resident import PeakResident
 from trainkit.errors import FAILED, RanOutError, UserError
 from trainkit.learner import Learner
@@ -32,7 +33,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         `seconds` of the timed steps, `tokens_per_step` over all ranks, `flops_per_token`, `peak_flops` of one rank;
         `losses` (nats a token) of all steps; `peak_rss_growth_bytes` from before the model was made; on CUDA the
         allocator's own peaks; where asked `memory`: `peak` bytes, `by_category`, `by_phase`, and the `loss` after
-        warmup + steps updates, which is that of the step then measured.
+        warmup + steps updates, which is that of the step then measured; of several ranks `talk`, as `talk.measured` has it.
     """
     run = runs.composed(spec["overrides"], Path(spec["config_dir"]) if spec["config_dir"] else None)
     ranks = build.ranks(run)
@@ -65,6 +66,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         }
         if spec["memory"]:
             found |= _memory(it)
+            found |= {"talk": talk.measured(it)} if ranks.size > 1 else {}
     finally:
         it.loader.close()
     ranks.leave()

@@ -34,7 +34,9 @@ def register(app: typer.Typer, complete: Complete) -> None:
         warmup: Annotated[int | None, typer.Option(min=0, help="Steps before them that do not count (2).")] = None,
         seed: Annotated[int | None, typer.Option(min=0, help="The seed of every cell.")] = None,
         zipped: Annotated[bool, typer.Option("--zip", help="Sweeps go side by side: no product of them.")] = False,
-        nproc: Annotated[int, typer.Option(min=1, help="Processes for cells with parallel=ddp or fsdp.")] = 1,
+        nproc: Annotated[
+            int | None, typer.Option(min=1, help="Processes of cells that share (every GPU, or two).")
+        ] = None,
         against: Annotated[Path | None, typer.Option(help="An earlier --json FILE to compare with.")] = None,
         json: Annotated[Path | None, typer.Option(help="Write all figures here.")] = None,
         csv: Annotated[Path | None, typer.Option(help="Write a line a cell here.")] = None,

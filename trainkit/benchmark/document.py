@@ -62,6 +62,8 @@ def _cell(it: Measured, first: Measured, settings: Settings) -> dict[str, Any]:
         **_spread("ms_per_step", rounds),
         "mfu": _median([found["mfu"] for found in rounds]),
         "speed": _paired(it, first),
+        "efficiency": _efficiency(it, first),
+        "talk": opening.get("talk"),
         "peak_memory_bytes": memory,
         "memory_change": memory / base_memory - 1 if memory and base_memory else None,
         "memory_by_category": opening.get("memory", {}).get("by_category"),
@@ -108,6 +110,13 @@ def _paired(it: Measured, first: Measured) -> float | None:
         if ours["status"] == theirs["status"] == "ok"
     ]
     return _median(both)
+
+
+def _efficiency(it: Measured, first: Measured) -> float | None:
+    """Tokens a second and rank over those of `first`; of a cell with no more ranks there is nothing to say."""
+    ranks, before = (one.rounds[0].get("ranks", 1) if one.rounds else 1 for one in (it, first))
+    speed = _paired(it, first)
+    return None if speed is None or ranks == before else speed * before / ranks
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -26,9 +26,11 @@ def run(spec: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
         start = [sys.executable, "-m"]
         if ranks > 1:
             start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        threads = {"OMP_NUM_THREADS": str(spec["threads"])} if spec.get("threads") else {}
         with (folder / "log").open("wb") as log:
             child = subprocess.Popen(
                 [*start, CELL, name],
+                env={**os.environ, **threads},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -61,6 +63,7 @@ def _together(found: list[dict[str, Any]], ranks: int, code: int, log: str) -> d
     largest = max(found, key=lambda outcome: outcome.get("memory", {}).get("peak") or 0)
     grown = max(outcome["peak_rss_growth_bytes"] for outcome in found)
     memory = {"memory": largest["memory"]} if "memory" in largest else {}
+    memory |= {"talk": found[-1]["talk"]} if "talk" in found[-1] else {}  # the last rank's, which shares all axes
     return found[0] | memory | {"peak_rss_growth_bytes": grown, "ranks": ranks}
 
 

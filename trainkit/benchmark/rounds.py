@@ -25,6 +25,7 @@ class Settings:
     steps: int = 5
     warmup: int = 2
     ranks: int = 1
+    threads: int | None = None  # of every process; None: as there are
 
 
 @dataclass
@@ -42,8 +43,12 @@ class Measured:
 
     def ranks(self, started: int) -> int:
         """How many processes train the cell."""
-        single = self.cell.run is None or self.cell.run.parallel.kind == "single"
-        return 1 if single else started
+        return started if self.cell.run is not None and shares(self.cell.run) else 1
+
+
+def shares(run: Any) -> bool:
+    """Whether several processes train it together."""
+    return run.parallel.kind != "single" or bool(run.parallel.given())
 
 
 def every(experiments: Sequence[Experiment]) -> list[Measured]:
@@ -75,6 +80,7 @@ def measure(
                 "warmup": settings.warmup,
                 "steps": settings.steps,
                 "memory": number == 0,
+                "threads": settings.threads,
             }
             it.rounds.append(run(spec, it.ranks(settings.ranks)))
             watch(number, it, it.rounds[-1])

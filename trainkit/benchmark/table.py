@@ -24,6 +24,8 @@ def show(document: Mapping[str, Any], console: Console) -> None:
         console.print(_figures(cells, console))
         if memory := _memory(cells, console):
             console.print(memory)
+        if talked := _talk(cells, console):
+            console.print(talked)
         if "against" in document:
             console.print(_against(cells, console))
         for cell in cells:
@@ -66,6 +68,19 @@ def _memory(cells: Sequence[Mapping[str, Any]], console: Console) -> Table | Non
     for cell in cells:
         if sizes := cell["memory_by_category"]:
             table.add_row(escape(cell["name"]), *(human_bytes(sizes.get(name, 0)) for name in names))
+    return table
+
+
+def _talk(cells: Sequence[Mapping[str, Any]], console: Console) -> Table | None:
+    """What ranks say to each other, where there are several."""
+    figures = {cell["name"]: found for cell in cells if (found := words.talk(cell))}
+    if not figures:
+        return None
+    table = _table(console)
+    for name in ("between ranks, a step", *words.TALK):
+        table.add_column(name, justify="right" if name in words.TALK else "left")
+    for name, found in figures.items():
+        table.add_row(escape(name), *found)
     return table
 
 

@@ -17,9 +17,10 @@ from trainkit import build, hardware
 from trainkit.benchmark import against, process, rounds, suites, table
 from trainkit.benchmark.document import document
 from trainkit.benchmark.outputs import Outputs
-from trainkit.benchmark.rounds import Measured, Settings
+from trainkit.benchmark.rounds import Measured, Settings, shares
 from trainkit.benchmark.sweep import Cell, Experiment, experiment
 from trainkit.errors import DONE, FAILED, UserError
+from trainkit.plan.world import started
 from trainkit.progress import bytes_bar
 from trainkit.units import human_bytes
 
@@ -35,7 +36,7 @@ class Asked:
     warmup: int | None = None
     seed: int | None = None
     zipped: bool = False
-    ranks: int = 1
+    ranks: int | None = None  # of cells that share; None: every GPU that is here, or two processes
     against: Path | None = None
     config_dir: Path | None = None
 
@@ -43,7 +44,9 @@ class Asked:
         """How often and how long."""
         usual = suites.named(self.suite).settings if self.suite else Settings()
         given = {name: getattr(self, name) for name in ("rounds", "steps", "warmup")}
-        return replace(usual, ranks=self.ranks, **{name: value for name, value in given.items() if value is not None})
+        return replace(
+            usual, ranks=self.ranks or 1, **{name: value for name, value in given.items() if value is not None}
+        )
 
     def experiments(self) -> list[Experiment]:
         """Every cell, composed.
@@ -74,7 +77,7 @@ class Asked:
             "--steps": self.steps,
             "--warmup": self.warmup,
             "--seed": self.seed,
-            "--nproc": self.ranks if self.ranks > 1 else None,
+            "--nproc": self.ranks,
             "--zip": "" if self.zipped else None,
         }
         options = [word for k, v in numbers.items() if v is not None for word in (k, str(v)) if word]
@@ -92,6 +95,7 @@ def benchmark(asked: Asked, outputs: Outputs) -> int:
     earlier = against.read(asked.against) if asked.against else None
     settings, experiments = asked.settings(), asked.experiments()
     every = [cell for it in experiments for cell in it.cells]
+    settings = _shared(every, settings, asked.ranks)
     _check(every, settings)
     _prepare(every)
     measured: list[Measured] = rounds.every(experiments)
@@ -109,6 +113,18 @@ def benchmark(asked: Asked, outputs: Outputs) -> int:
     return FAILED if any(found["status"] == "failed" for it in measured for found in it.rounds) else DONE
 
 
+def _shared(cells: Sequence[Cell], settings: Settings, asked: int | None) -> Settings:
+    """With so many ranks as were asked for, else as cells that share can have here. On a CPU all processes then have equally
+    many threads, those of one rank: else a cell alone would have the cores of all."""
+    shared = [cell.run for cell in cells if cell.run and shares(cell.run)]
+    if not shared:
+        return settings
+    device = hardware.choose(shared[0].parallel.device)
+    ranks = asked or max(2, hardware.count(device))
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks) if device.type == "cpu" and ranks > 1 else None
+    return replace(settings, ranks=ranks, threads=threads)
+
+
 def _check(cells: Sequence[Cell], settings: Settings) -> None:
     """Refuse what every process would only find out for itself."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -117,13 +133,14 @@ def _check(cells: Sequence[Cell], settings: Settings) -> None:
         )
     runs = [cell.run for cell in cells if cell.run]
     for run in runs:
-        build.check(run)
+        with started(settings.ranks if shares(run) else 1, settings.ranks):
+            build.check(run)
         device = hardware.choose(run.parallel.device)
         here = hardware.count(device)
-        if device.type == "cuda" and run.parallel.kind != "single" and settings.ranks > here:
+        if device.type == "cuda" and shares(run) and settings.ranks > here:
             raise UserError(f"--nproc {settings.ranks}: there {'is 1 GPU' if here == 1 else f'are {here} GPUs'} here")
-    if settings.ranks > 1 and all(run.parallel.kind == "single" for run in runs):
-        raise UserError(f"--nproc {settings.ranks} is for parallel=ddp or parallel=fsdp, and no cell is either")
+    if settings.ranks > 1 and not any(shares(run) for run in runs):
+        raise UserError(f"--nproc {settings.ranks} is for parallel=ddp, fsdp and the like, and no cell is so")
 
 
 def _prepare(cells: Sequence[Cell]) -> None:

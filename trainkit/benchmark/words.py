@@ -9,6 +9,8 @@ NOTHING, SPACE = "–", "\N{NO-BREAK SPACE}"
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")  # in the order of a step
 COLUMNS = ("tokens/s", "speed", "ms/step", "MFU", "peak memory", "change", "loss", "difference", "status")
 
+TALK = ("ranks", "efficiency", "a rank sends", "talking", "beside the rest", "waited")
+
 AGAINST = ("speed", "memory", "loss difference", "")
 WORSE = {"status": "no longer ok", "speed": "slower", "memory": "more memory", "loss": "another loss"}
 
@@ -25,6 +27,22 @@ def row(cell: Mapping[str, Any]) -> tuple[str, ...]:
         _show(cell["loss"], "{:.5f}"),
         difference(cell["loss_difference"]),
         cell["status"],
+    )
+
+
+def talk(cell: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The figures of `TALK`: of the step that was followed, how long ranks talked, how much of that went on beside the
+    computation, and the share of the step that was waited for the rest. None: one rank, or not followed."""
+    if not (found := cell["talk"]):
+        return None
+    sent, talked, waited = sum(one["bytes"] for one in found["sent"]), found["talked_s"], found["exposed_s"]
+    return (
+        str(cell["ranks"]),
+        _show(cell["efficiency"], "{:.1%}"),
+        human_bytes(sent),
+        f"{1000 * talked:.3g}{SPACE}ms",
+        _show(1 - waited / talked if talked else None, "{:.0%}"),
+        _show(waited / found["seconds"] if found["seconds"] else None, "{:.0%}"),
     )
 
 

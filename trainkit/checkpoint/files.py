@@ -1,7 +1,13 @@
-"""The system calls of a save, and what each of them has to be careful about."""
+"""The system calls of a save, and what each of them has to be careful about.
+
+Large files go around the page cache (O_DIRECT) where the file system lets them: the cores that copy into it, and look for
+its pages, are those that training uses.
+"""
 
 import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Iterable
@@ -14,6 +20,7 @@ import xxhash
 from trainkit.atomic import sync_folder
 
 _CHUNK = 8 << 20
+ALIGNED = 4096  # bytes; no disk asks for more
 _NOREPLACE, _AT_FDCWD = 1, -100
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,22 +40,26 @@ class Hashed:
         self._hasher: ThreadPoolExecutor | None = None
         self._hashed: Future[None] | None = None
         self._size = 0
+        self._block = memoryview(mmap.mmap(-1, _CHUNK))  # whose address the disk can read from
+        self._filled = 0
+        self._direct = _go_around_the_cache(self._descriptor)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append all of `data`, however little a call takes. It must not change before `close`."""
+        """Append all of `data`, which must not change before `close`."""
         view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
         self._size += len(view)
         self._hash(view)
         while view:
-            written = os.write(self._descriptor, view[:_CHUNK])
-            if written == 0:
-                raise OSError(errno.EIO, "the disk took nothing")
-            if written == _CHUNK:
-                _begin_writeback(self._descriptor)
-            view = view[written:]
+            taken = min(len(view), _CHUNK - self._filled)
+            self._block[self._filled : self._filled + taken] = view[:taken]
+            self._filled, view = self._filled + taken, view[taken:]
+            if self._filled == _CHUNK:
+                self._put()
 
     def close(self) -> dict[str, int | str]:
         """Make the content durable, and say its size and hash."""
+        self._use_the_cache()  # for what is left, which need not be a whole block
+        self._put()
         os.fsync(self._descriptor)
         if self._hashed is not None:
             self._hashed.result()
@@ -62,6 +73,30 @@ class Hashed:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+
+    def _put(self) -> None:
+        """Hand on what is in the block, however little a call takes."""
+        view, self._filled = self._block[: self._filled], 0
+        while view:
+            try:
+                written = os.write(self._descriptor, view)
+            except OSError as error:
+                if not (self._direct and error.errno == errno.EINVAL):
+                    raise
+                self._use_the_cache()  # the disk wants other blocks than most
+                continue
+            if written == 0:
+                raise OSError(errno.EIO, "the disk took nothing")
+            if self._direct and written % ALIGNED:
+                self._use_the_cache()
+            elif not self._direct and written == _CHUNK:
+                _begin_writeback(self._descriptor)
+            view = view[written:]
+
+    def _use_the_cache(self) -> None:
+        if self._direct:
+            self._direct = False
+            _use_the_cache(self._descriptor)
 
     def _hash(self, view: memoryview) -> None:
         if len(view) < _CHUNK and self._hasher is None:
@@ -118,6 +153,24 @@ class Reading:
             self.read_into(scratch[: min(self._left, len(scratch))])
         return self._digest.hexdigest()
 
+    def whole(self) -> str:
+        """Read all of it, from the disk itself where that can be done, and give the hash."""
+        scratch = memoryview(mmap.mmap(-1, _CHUNK))
+        direct = around = self._left >= _CHUNK and _go_around_the_cache(self._descriptor)
+        while direct and self._left:
+            try:
+                got = min(os.readv(self._descriptor, [scratch]), self._left)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                break
+            self._digest.update(scratch[:got])
+            self._left -= got
+            direct = got > 0 and got % ALIGNED == 0
+        if around:
+            _use_the_cache(self._descriptor)
+        return self.rest()
+
 
 def write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int | str]:
     """Write a new file durably from its parts, and say its size and hash.
@@ -148,7 +201,7 @@ def read(path: Path, limit: int) -> bytes:
 def hash_of(path: Path, size: int) -> str:
     """The hash of a file of that size. Raises what `Reading` does."""
     with Reading(path, size) as file:
-        return file.rest()
+        return file.whole()
 
 
 def forget(path: Path) -> None:
@@ -160,6 +213,22 @@ def forget(path: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+def _go_around_the_cache(descriptor: int) -> bool:
+    """From here on blocks whose place in the file, address and size are multiples of ALIGNED go to or come from the disk
+    itself; whether the file system can do that."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError:
+        return False
+    return True
+
+
+def _use_the_cache(descriptor: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
 def _begin_writeback(descriptor: int) -> None:

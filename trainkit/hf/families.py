@@ -1,4 +1,5 @@
-"""A config.json as the fields of our decoder, for the families that it can be, and back.
+"""A config.json as the fields of our decoder, for the families that it can be, and back. Those that look both ways are in
+`encoders`.
 
 LLaMA (Touvron et al. 2023, arXiv:2302.13971), Mistral (Jiang et al. 2023, arXiv:2310.06825), Qwen2 (Yang et al. 2024,
 arXiv:2407.10671), Qwen3 (Yang et al. 2025, arXiv:2505.09388), Arcee (LLaMA's with ReLU² in place of SwiGLU) and GPT-2
@@ -7,6 +8,9 @@ arXiv:2407.10671), Qwen3 (Yang et al. 2025, arXiv:2505.09388), Arcee (LLaMA's wi
 
 from collections.abc import Mapping
 from typing import Any
+
+from trainkit.hf import encoders
+from trainkit.hf.encoders import Unlike
 
 Json = Mapping[str, Any]
 ROPE = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
@@ -35,10 +39,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # what a config.json of the family leav
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 
 
-class Unlike(ValueError):
-    """What a config.json says that our decoder is not."""
-
-
 def fields(given: Json) -> dict[str, Any]:
     """The decoder's fields of a config.json, as YAML would hold them.
 
@@ -46,10 +46,12 @@ def fields(given: Json) -> dict[str, Any]:
         Unlike: it is another architecture than our decoder can be, and why.
     """
     family = given.get("model_type")
-    if family not in DEFAULTS:
-        raise Unlike(f"{family} is none of {', '.join(DEFAULTS)}")
-    known = {**DEFAULTS[family], **given}
+    if family not in (every := {**DEFAULTS, **encoders.DEFAULTS}):
+        raise Unlike(f"{family} is none of {', '.join(every)}")
+    known = {**every[family], **given}
     try:
+        if family in encoders.DEFAULTS:
+            return encoders.fields(known)
         return _gpt2(known) if family == "gpt2" else _llama(known, family)
     except KeyError as error:
         raise Unlike(f"its config.json lacks {error}") from error
@@ -62,8 +64,12 @@ def config(decoder: Any) -> dict[str, Any]:
         Unlike: no architecture of transformers is it, and why.
     """
     it, heads = decoder, decoder.attention
-    if not heads.causal or it.depth == 0:
-        raise Unlike("none of those that are written here sees both sides, or has no blocks")
+    if it.depth == 0:
+        raise Unlike("it has no blocks")
+    if not heads.causal:
+        return encoders.config(it)
+    if it.post_norm or it.embed_norm or it.window_theta is not None:
+        raise Unlike("none that looks back only has model.post_norm, model.embed_norm or model.window_theta")
     _, groups, k = heads.shape(it.width)
     qkv_bias = it.bias if heads.qkv_bias is None else heads.qkv_bias
     if (it.norm, it.position, it.bias) == ("layernorm", "learned", True):

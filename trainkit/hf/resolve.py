@@ -4,10 +4,11 @@ So that a run says what it is, and goes on where X is no longer to be had.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trainkit.errors import RefusedError, UserError
-from trainkit.hf import families, peft, source
+from trainkit.hf import encoders, families, peft, sentences, source
 
 KIND = "hf"
 OWN = ("kind", "name", "pretrained")
@@ -50,7 +51,37 @@ def resolved(tree: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
         tree["start_from"] = f"{source.PREFIX}{model['name']}"
     if tree.get("name", "").startswith(f"{KIND}-") and "name" not in given:
         tree["name"] = source.label(model["name"]) + tree["name"].removeprefix(KIND)
-    return _with_its_tokenizer(tree, str(base), given)
+    return _with_its_tokenizer(_as_vectors(tree, base, given), str(base), given)
+
+
+def makes_vectors(name: str) -> int | None:
+    """How many ids a text may have for a model of vectors, an encoder or a folder of sentence-transformers; None for others.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = source.base_of(source.located(name))
+    known, said = source.config_of(folder), sentences.read(folder)
+    if said is None and known["model_type"] not in encoders.DEFAULTS:
+        return None
+    longest = _context(known) - (encoders.skipped(known) if known["model_type"] in encoders.OFFSET else 0)
+    return min(longest, said.length or longest) if said else longest
+
+
+def _as_vectors(tree: dict[str, Any], folder: Path, given: Sequence[str]) -> dict[str, Any]:
+    """An embedding run that reads and pools texts as the folder says, but for what a person gave."""
+    said = sentences.read(folder)
+    encoder = not (tree["model"].get("attention") or {}).get("causal", True)
+    if tree["task"]["kind"] != "embedding" or not (said or encoder):
+        return tree
+    own: dict[str, Any] = {"data.specials": "template"}
+    if said:
+        own |= {"task.pooling": said.pooling, "task.projection": said.projection}
+        own |= {"data.prompts": [said.prompt]} if said.prompt else {}
+    for key in own.keys() - set(given):
+        group, _, name = key.partition(".")
+        tree = {**tree, group: {**tree[group], name: own[key]}}
+    return tree
 
 
 def _held(adapter: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -72,4 +103,5 @@ def _with_its_tokenizer(tree: dict[str, Any], folder: str, given: Sequence[str])
     return {**tree, "data": {**data, "tokenizer": {"kind": KIND, "path": folder}}}
 
 
-READ_WITH_ONE = ("text", "mixture", "chat", "preferences")  # kinds of data whose `tokenizer` reads their text
+# kinds of data whose `tokenizer` reads their text
+READ_WITH_ONE = ("text", "mixture", "chat", "preferences", "pairs", "wordnet", "stsb")

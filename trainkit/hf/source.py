@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from trainkit.errors import UserError
-from trainkit.hf import gguf, peft
+from trainkit.hf import gguf, peft, sentences
 from trainkit.hf.weights import files
 from trainkit.strict import one_line, parse_json, read_file, reason
 
@@ -85,7 +85,8 @@ def identity(folder: Path) -> str:
     else:
         base = folder
     digest.update(json.dumps(config_of(base), sort_keys=True).encode())
-    for file in files(base):
+    said = sentences.read(base)
+    for file in [*files(base), *([said.dense] if said and said.dense else [])]:
         digest.update(_content(file))
     return f"{PREFIX}{_short(folder)}@{digest.hexdigest()[:16]}"
 

@@ -78,7 +78,7 @@ class Memory:
     def describe(self) -> str:
         """The strategies and their grades of neutrality, for a person."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        told = [f"{name} ({s.grade})" for name, s in chosen.items() if hasattr(s, "grade")]
+        told = [f"{getattr(s, 'said', name)} ({s.grade})" for name, s in chosen.items() if hasattr(s, "grade")]
         told += [f"gradients in {self.grad_dtype}"] if self.grad_dtype else []
         return " + ".join(filter(None, [*told, _SAID[self.fused_loss]])) or "baseline"
 

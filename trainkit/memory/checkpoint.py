@@ -45,6 +45,14 @@ class Checkpoint:
         """How neutral it is."""
         return "exact" if self.budget is None else "reordered"
 
+    @property
+    def said(self) -> str:
+        """What it is, for a person."""
+        if self.budget is not None:
+            return f"checkpoint within {self.budget:g} of the activations"
+        name = "selective" if self.selective else "checkpoint"
+        return name if self.every == 1 else f"{name} every {self.every} blocks"
+
     def check(self, *, compile: str, **_: Any) -> None:
         """Raise ValueError where nobody keeps the budget."""
         if self.budget is not None and compile == "off":

@@ -18,6 +18,11 @@ class LowBitStates:
     grade: ClassVar[str] = "approximate"
     format: Literal["int8", "int4", "fp8"]
 
+    @property
+    def said(self) -> str:
+        """What it is, for a person."""
+        return {"int8": "8bit", "int4": "4bit", "fp8": "fp8"}[self.format]
+
     def check(self, *, optimizer: Any, **_: Any) -> None:
         """Raise ValueError where there is nothing to shrink."""
         if optimizer.kind == "sgd" and optimizer.momentum == 0:

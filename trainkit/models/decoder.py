@@ -1,5 +1,5 @@
-"""A pre-norm transformer whose parts are chosen by config, from GPT-2's architecture to Llama's; with
-`attention.causal=false` an encoder.
+"""A transformer whose parts are chosen by config, from GPT-2's architecture to Llama's; with `attention.causal=false` an
+encoder, from BERT's to ModernBERT's.
 
 B rows, T positions, D model width, V vocabulary.
 """
@@ -23,7 +23,11 @@ from trainkit.models.positions import RopeScaling, positions_in, rope_tables
 class Decoder:
     """A decoder's shape. `context` is the longest row; `tied` uses the embedding as the head (Press & Wolf 2017,
     arXiv:1608.05859); `init_std` and the smaller one of residual outputs are GPT-2's (Radford et al. 2019). Of `depth` 0 it is
-    a table of vectors, one a token."""
+    a table of vectors, one a token.
+
+    `post_norm` normalises what a layer gives after it was added (Devlin et al. 2019, arXiv:1810.04805), in place of what
+    comes in. `embed_norm` normalises what comes into the blocks; before attention the first one of them has no norm then
+    (Warner et al. 2024, arXiv:2412.13663), but for `post_norm`. `window_theta` is `rope_theta` where a window is."""
 
     kind: Literal["decoder"] = "decoder"
     vocab: Count
@@ -35,6 +39,9 @@ class Decoder:
     position: Literal["rope", "learned", "none"] = "rope"
     rope_theta: Positive = 10_000.0
     rope_scaling: RopeScaling | None = None
+    window_theta: Positive | None = None
+    post_norm: bool = False
+    embed_norm: bool = False
     attention: Attention
     mlp: MLP
     tied: bool = True
@@ -47,6 +54,8 @@ class Decoder:
         _, _, k = self.attention.shape(self.width)
         if self.position == "rope" and k % 2:
             raise ValueError(f"rope turns pairs, so a head's width cannot be odd ({k}): change model.attention.heads")
+        if self.window_theta is not None and (self.position != "rope" or self.attention.window is None):
+            raise ValueError("model.window_theta is of rope in layers with model.attention.window: there are none")
 
     def build(self) -> nn.Module:
         """The backbone with fresh weights, drawn from torch's global generator; with an adapter, that alone learns."""
@@ -67,7 +76,8 @@ class Decoder:
         """How many numbers it has, an adapter aside, by arithmetic: nothing is built."""
         norm = self.width * ((self.norm != "none") + (self.norm == "layernorm" and self.bias))
         block = self.attention.parameters(self.width, self.bias) + self.mlp.parameters(self.width, self.bias) + 2 * norm
-        ends = self.vocab * self.width * (1 if self.tied else 2) + norm
+        norms = (not self.post_norm) + self.embed_norm - (self.embed_norm and not self.post_norm and self.depth > 0)
+        ends = self.vocab * self.width * (1 if self.tied else 2) + norms * norm
         return ends + self.depth * block + (self.context * self.width if self.position == "learned" else 0)
 
     def flops_per_token(self, length: int, *, head: bool = True) -> float:
@@ -87,11 +97,14 @@ class Decoder:
 
 
 class Block(nn.Module):
-    """`forward(x_BTD, mask, rope) -> x_BTD`: attention and MLP, each normalised before and added after."""
+    """`forward(x_BTD, mask, rope) -> x_BTD`: attention and MLP, each normalised before and added after, or with `post_norm`
+    added and then normalised."""
 
     def __init__(self, cfg: Decoder, layer: int) -> None:
         super().__init__()
-        self.attention_norm = _norm(cfg)
+        self.post_norm = cfg.post_norm
+        bare = cfg.embed_norm and layer == 0 and not cfg.post_norm
+        self.attention_norm = nn.Identity() if bare else _norm(cfg)
         self.attention = AttentionMixer(cfg.attention, cfg.width, cfg.bias, cfg.dropout, cfg.norm_eps)
         self.attention.window = cfg.attention.window_of(layer)
         self.mlp_norm = _norm(cfg)
@@ -99,6 +112,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
 
     def forward(self, x: Tensor, mask: Mask, rope: tuple[Tensor, Tensor] | None, cache: Cache | None = None) -> Tensor:
+        if self.post_norm:
+            x = self.attention_norm(x + self.dropout(self.attention(x, mask, rope, cache)))
+            return self.mlp_norm(x + self.dropout(self.mlp(x)))
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, rope, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -116,9 +132,10 @@ class Backbone(nn.Module):
         self.cfg = cfg
         self.embed = Embedding(cfg.vocab, cfg.width)
         self.position = Embedding(cfg.context, cfg.width) if cfg.position == "learned" else None
+        self.embed_norm = _norm(cfg) if cfg.embed_norm else None
         self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
-        self.norm = _norm(cfg)
+        self.norm = nn.Identity() if cfg.post_norm else _norm(cfg)
         self.head = None if cfg.tied else Linear(cfg.width, cfg.vocab, bias=False)
         self.kernel: Kernel = "sdpa"
 
@@ -179,6 +196,8 @@ class Backbone(nn.Module):
         x = self.embed(tokens)
         if self.position is not None:
             x = x + self.position(around.positions)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         return self.dropout(x)
 
 
@@ -188,16 +207,19 @@ class Around:
     def __init__(self, cfg: Decoder, positions: Tensor, masks: dict[int | None, Mask]) -> None:
         self.positions, self._masks, self._cfg = positions, masks, cfg
         self._added: dict[int | None, Mask] = {}
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def shared(self, x: Tensor, layer: int) -> tuple[Mask, tuple[Tensor, Tensor] | None]:
         """Mask and rotary tables for a layer's block that hidden states `x` come into. They are made once, by the first."""
+        cfg, window = self._cfg, self._cfg.attention.window_of(layer)
         if not self._added:
             self._added = {window: additive(mask, x) for window, mask in self._masks.items()}
-            if (cfg := self._cfg).position == "rope":
+            if cfg.position == "rope":
                 _, _, k = cfg.attention.shape(cfg.width)
-                self._rope = rope_tables(self.positions, k, cfg.rope_theta, x.dtype, cfg.rope_scaling)
-        return self._added[self._cfg.attention.window_of(layer)], self._rope
+                thetas = {w: cfg.rope_theta if w is None else cfg.window_theta or cfg.rope_theta for w in self._masks}
+                made = {t: rope_tables(self.positions, k, t, x.dtype, cfg.rope_scaling) for t in {*thetas.values()}}
+                self._rope = {w: made[theta] for w, theta in thetas.items()}
+        return self._added[window], self._rope.get(window)
 
 
 def fresh(cfg: Decoder) -> Iterator[tuple[str, Tensor]]:

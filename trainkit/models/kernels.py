@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Kernel = Literal["sdpa", "flash", "flex"]
+Kernel = Literal["sdpa", "flash", "flex", "math"]
+PIECES, PIECE = 4, 128  # that queries are taken in: at most so many, each of at least so many positions
 Mask = Any  # None (causal), a Tensor (B or 1, 1, T, S), bool or added to scores, or flex's BlockMask
 
 
@@ -27,7 +28,7 @@ def attend(
 ) -> Tensor:
     """Attention of queries (B, H, T, K) to keys and values (B, G, S, K): (B, H, T, K).
 
-    Where `kernel` cannot do what is asked, which for flash is a mask of documents and for both a step of generation, it is
+    Where `kernel` cannot do what is asked, which for flash is a mask of documents and for all a step of generation, it is
     torch's scaled_dot_product_attention.
     """
     shared = k.shape[1] != q.shape[1]
@@ -41,6 +42,8 @@ def attend(
         span = (-1, -1) if window is None else (window - 1, 0 if causal else window - 1)
         found: Tensor = flash_attn_func(*heads_last, dropout_p=dropout, causal=causal, window_size=span)
         return found.transpose(1, 2)
+    if kernel == "math" and q.shape[2] == k.shape[2]:
+        return _by_products(q, k, v, mask, dropout, causal)
     if shared and mask is not None:  # with a mask, CUDA's fused kernels want a key head for each query head
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(
@@ -52,6 +55,29 @@ def attend(
         dropout_p=dropout,
         enable_gqa=shared and mask is None,
     )
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, causal: bool) -> Tensor:
+    """Attention by plain matrix products, all scores there at once but for a `causal` one's: its queries come in pieces,
+    which do not meet the keys behind them. Products are in the inputs' format, what is between them in at least float32."""
+    length, share = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(share, 1) if share > 1 else x for x in (k, v))
+    pieces = max(1, min(PIECES, length // PIECE)) if causal else 1
+    found, begin = [], 0
+    for some in (q * q.shape[-1] ** -0.5).tensor_split(pieces, 2):
+        end = begin + some.shape[2]
+        seen = end if causal else length
+        scores = some @ k[:, :, :seen].transpose(-1, -2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if mask is not None:
+            scores = scores + mask[:, :, begin:end, :seen]
+        elif causal:
+            place = torch.arange(seen, device=q.device)
+            scores = torch.where(place[begin:end, None] >= place, scores, -torch.inf)
+        weights = scores.softmax(-1).to(v.dtype)
+        found.append((F.dropout(weights, dropout) if dropout else weights) @ v[:, :, :seen])
+        begin = end
+    return torch.cat(found, 2)
 
 
 def attention_mask(

@@ -117,15 +117,15 @@ class Parallel:
             )
         together.refuse(self.shared | ({"fsdp"} if self.shards else set()), **run)
 
-    def sizes(self, world: int | None = None) -> Sizes:
-        """The mesh of `world` ranks; of those that torchrun started.
+    def sizes(self, world: int | None = None, machines: int | None = None) -> Sizes:
+        """The mesh of `world` ranks on so many `machines`; None: as torchrun started them.
 
         Raises:
             UserError: they do not divide so.
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
-        machines = max(1, started // int(os.environ.get("LOCAL_WORLD_SIZE", started)))
-        return sizes(self.kind, self.given(), world or started, machines)
+        here = max(1, started // int(os.environ.get("LOCAL_WORLD_SIZE", started)))
+        return sizes(self.kind, self.given(), world or started, machines or here)
 
     def check(self, shape: Shape | None = None) -> None:
         """Raise UserError when the ranks that torchrun started, or the `shape` of the model and the data, do not divide."""

@@ -1,5 +1,6 @@
 """One mesh of all ranks, and the groups along its axes (https://pytorch.org/docs/stable/distributed.html#devicemesh)."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,11 +32,20 @@ class Mesh:
 
     def data(self) -> DeviceMesh:
         """What FSDP shards over: one dimension, or replicas and slices."""
-        slices = self._along(self._there(("dp_shard", "cp")))
         if "dp_replicate" not in self._axes:
-            return slices
-        (name,) = slices.mesh_dim_names or ()
-        return self._mesh["dp_replicate", name]
+            return self._along(self._there(("dp_shard", "cp")))
+        if "cp" not in self._axes:
+            return self._mesh["dp_replicate", "dp_shard"]
+        return self._joined_slices
+
+    @cached_property
+    def _joined_slices(self) -> DeviceMesh:
+        """Replicas and slices, where positions are slices as well: torch slices no axes that were joined."""
+        there = {axis: self._mesh.size(i) for i, axis in enumerate(self._axes)}
+        joined = {"dp_replicate": there["dp_replicate"], "slices": there.get("dp_shard", 1) * there["cp"]}
+        kept = {a: there[a] for a in ("pp",) if a in there} | joined | {a: there[a] for a in ("tp",) if a in there}
+        whole = init_device_mesh(self._mesh.device_type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+        return whole["dp_replicate", "slices"]
 
     def _there(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(axis for axis in self._axes if axis in axes)

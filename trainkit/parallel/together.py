@@ -44,6 +44,18 @@ REFUSED: list[tuple[tuple[str, ...], str, Wrong, str]] = [
     ),
     (
         ("tp", "pp"),
+        "model.post_norm",
+        lambda run: getattr(run["model"], "post_norm", False),
+        "normalises what these ranks have parts of: use parallel=fsdp or parallel=ddp",
+    ),
+    (
+        ("tp", "pp"),
+        "model.embed_norm",
+        lambda run: getattr(run["model"], "embed_norm", False),
+        "normalises what these ranks have parts of: use parallel=fsdp or parallel=ddp",
+    ),
+    (
+        ("tp", "pp"),
         "model.adapter",
         lambda run: run["model"].adapter is not None,
         "learns beside whole matrices of all layers: use parallel=fsdp or parallel=ddp",

@@ -5,7 +5,7 @@ A run is composed once a choice. Of many choices it is put together from those, 
 cannot go together is refused by the run itself, as ever.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -13,13 +13,19 @@ from typing import Any
 
 from trainkit import run as runs
 from trainkit.choices import choices
-from trainkit.errors import UserError
 from trainkit.models import Decoder
-from trainkit.plan.planned import KNOWN, Setting
+from trainkit.plan.meshes import meshes
+from trainkit.plan.planned import Setting
 from trainkit.run import Run
 
 GRADES = ("exact", "reordered", "approximate", "changes what is learned")
 PRECISIONS = ("bf16", "bf16_pure", "fp8", "fp16")  # and only what conf/precision has of them
+WITH_MANY = [
+    (),
+    ("checkpoint",),
+    ("selective",),
+    ("8bit", "checkpoint"),
+]  # tried on every mesh; all others with ddp and fsdp
 START = "CHECKPOINT"  # where a person has to say what an adapter learns beside
 NEUTRAL = ["clip=0", "precision=fp32"]  # with which every strategy goes
 
@@ -43,22 +49,37 @@ class Candidates:
         self._before = runs.composed(self._overrides, config_dir)
 
     def __iter__(self) -> Iterator[Candidate]:
-        strategies = self._strategies()
-        for parallel in self._parallels():
-            try:
-                own = self._composed(parallel)
-            except UserError:
-                continue
-            for words, run in self._ways(own):
-                for names, values in strategies:
-                    if found := self._made(run, names, values, words, parallel):
-                        yield found
+        strategies, own = self._strategies(), self._composed()
+        if self._setting.ranks == 1 or own.parallel.given():  # which a person chose
+            yield from self._all(self._ways(own), strategies, [])
+            return
+        few = [one for one in strategies if one[0] in WITH_MANY]
+        for learned, run in self._of_many(own):
+            for words, meshed in meshes(run, self._setting.ranks):
+                plain = not meshed.parallel.given() and run.data == own.data
+                if plain or run.model == own.model:
+                    yield from self._all([(learned, meshed)], strategies if plain else few, words)
 
-    def _parallels(self) -> list[str | None]:
-        return [None] if self._setting.ranks == 1 else [k for k in self._known["parallel"] if k in KNOWN]
+    def _all(self, ways: Iterable[tuple[list[str], Run]], strategies: Any, parallel: list[str]) -> Iterator[Candidate]:
+        for words, run in ways:
+            for names, values in strategies:
+                if found := self._made(run, names, values, words, parallel):
+                    yield found
 
-    def _composed(self, parallel: str | None, *more: str) -> Run:
-        return runs.composed([*self._words((), parallel, []), *more], self._config_dir)
+    def _of_many(self, own: Run) -> Iterator[tuple[list[str], Run]]:
+        """What is learned, as it is, in other precisions, and by a batch that gives every rank a row, where nobody said how
+        many rows it has."""
+        ways = [(words, run) for words, run in self._ways(own) if "clip=0" not in words]
+        yield from ways
+        said = any(_key(word) == "data.batch" for word in self._overrides)
+        if own.data.batch < self._setting.ranks and not said:
+            data = replace(own.data, batch=self._setting.ranks)
+            for words, run in ways[: 1 + len(PRECISIONS)]:
+                if larger := _replaced(run, data=data):
+                    yield [*words, f"data.batch={self._setting.ranks}"], larger
+
+    def _composed(self) -> Run:
+        return runs.composed(self._words((), [], []), self._config_dir)
 
     def _strategies(self) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
         """Sets of strategies that set different fields, the smallest first, and what they set."""
@@ -108,7 +129,7 @@ class Candidates:
                 yield [*words, f"model.adapter={name}", *start], frozen
 
     def _made(
-        self, run: Run, names: tuple[str, ...], values: dict[str, Any], words: list[str], parallel: str | None
+        self, run: Run, names: tuple[str, ...], values: dict[str, Any], words: list[str], parallel: list[str]
     ) -> Candidate | None:
         """The run with these strategies; None where they cannot go together, or there is no reason for `words`."""
         if "clip=0" in words and "step_in_backward" not in values:
@@ -120,11 +141,9 @@ class Candidates:
         grade = grade_of(made) if not words else GRADES[-1]
         return Candidate(made, tuple(self._words(names, parallel, words)), grade, tuple(words))
 
-    def _words(self, names: tuple[str, ...], parallel: str | None, more: list[str]) -> list[str]:
+    def _words(self, names: tuple[str, ...], parallel: list[str], more: list[str]) -> list[str]:
         """A person's overrides, with these strategies instead of theirs."""
-        dropped = (
-            {"memory", "memory.microbatch"} | {_key(word) for word in more} | ({"parallel"} if parallel else set())
-        )
+        dropped = {"memory", "memory.microbatch"} | {_key(word) for word in [*more, *parallel]}
         others = {f"memory.{name}" for name in self._known["memory"] if name not in names}
         kept = [
             w
@@ -134,7 +153,7 @@ class Candidates:
             and not any(key.startswith(f"{group}.") and group == "precision" for group in dropped)
         ]
         memory = [f"memory={'+'.join(names)}"] if names else []
-        return [*kept, *memory, *more, *([f"parallel={parallel}"] if parallel else [])]
+        return [*kept, *memory, *more, *parallel]
 
 
 def own_rate(run: Run, card: Any) -> float:

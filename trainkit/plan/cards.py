@@ -14,11 +14,14 @@ import torch
 from trainkit import hardware
 from trainkit.errors import UserError, nearest
 from trainkit.plan.kernels import Device, Work
+from trainkit.plan.world import Line
 
 LAUNCH_S = 5e-6  # a kernel's launch, which hides behind the one before where that takes longer
 EFFICIENCY = {"cuda": 0.65, "cpu": 0.9}  # share of the peak that a large matrix product reaches; a CPU's is measured
 HOST_MEMORY = 50.0  # GB/s that a host reads and writes of its own, as an optimizer's step there does
 STREAMING = 0.8  # share of the bandwidth that a pointwise kernel reaches
+WIRE = 0.8  # share of a link's or an adapter's bandwidth that large collectives reach
+NEAR_S, FAR_S = 1e-6, 5e-6  # a turn of a ring takes at the least, within a machine and between machines
 # beside what the allocator counts: CUDA's context and kernels, what the allocator cannot use because it lies in pieces
 CONTEXT, FRAGMENTS, NCCL = 600 << 20, 0.03, 400 << 20
 WORKSPACES = 64 << 20  # cuBLAS's, of the thread that runs forward and the one that runs backward
@@ -26,7 +29,8 @@ WORKSPACES = 64 << 20  # cuBLAS's, of the thread that runs forward and the one t
 
 @dataclass(frozen=True)
 class Card:
-    """TFLOP/s by dtype, memory in GB, GB/s of memory, of the link to other cards and of that to the host, one way."""
+    """TFLOP/s by dtype, memory in GB, GB/s of memory, of the link to other cards of the machine, of that to the host, and of
+    the adapter to other machines that goes with each card, one way."""
 
     name: str
     memory: float
@@ -38,6 +42,7 @@ class Card:
     bandwidth: float
     link: float
     host: float
+    network: float = 3.0
     cuda: bool = True
 
     @property
@@ -45,11 +50,11 @@ class Card:
         """What it holds."""
         return int(self.memory * 1e9)
 
-    def device(self, ranks: int) -> Device:
+    def device(self) -> Device:
         """What is traced for it."""
         if self.cuda:
-            return Device(torch.device("cpu", 1), cuda=True, unit=512, ranks=ranks)
-        return Device(torch.device("cpu"), threads=torch.get_num_threads(), ranks=ranks)
+            return Device(torch.device("cpu", 1), cuda=True, unit=512)
+        return Device(torch.device("cpu"), threads=torch.get_num_threads())
 
     def rate(self, dtype: torch.dtype, tf32: bool) -> float:
         """Floating-point operations a second of matrix products."""
@@ -59,17 +64,29 @@ class Card:
 
     def seconds(self, work: list[Work], *, efficiency: float, tf32: bool) -> float:
         """A roofline (Williams et al. 2009), op after op: each takes as long as its arithmetic or its memory traffic,
-        whichever is more. Transfers that wait for nobody, and what ranks send each other, go beside it."""
+        whichever is more. Transfers that wait for nobody, and what ranks send each other beside layers, go beside it."""
         own = beside = sent = 0.0
         for w in work:
             arithmetic = w.flops / (self.rate(w.dtype, tf32) * efficiency)
             traffic = w.bytes / (self.bandwidth * 1e9 * STREAMING)
             moved = w.moved / (self.host * 1e9)
-            here = max(arithmetic, traffic, LAUNCH_S if self.cuda and not w.on_host else 0.0)
+            here = max(arithmetic, traffic, LAUNCH_S if self.cuda and not (w.on_host or w.line) else 0.0)
             own += w.times * (here + w.on_host / (HOST_MEMORY * 1e9) + (0.0 if w.beside else moved))
             beside += w.times * moved if w.beside else 0.0
-            sent += w.times * w.sent / (self.link * 1e9)
+            if w.line is not None:
+                talked = w.times * self.talked(w.line, w.sent, w.turns)
+                sent += 0.0 if w.line.waited_for else talked
+                own += talked if w.line.waited_for else 0.0
         return max(own, beside, sent)
+
+    def talked(self, line: Line, sent: float, turns: int) -> float:
+        """Seconds in which each rank of a line sends so many bytes, in so many turns of a ring. Between machines every one of a
+        machine's ranks in the line brings its own adapter."""
+        if line.machines == 1:
+            return sent / (self.link * 1e9 * WIRE) + turns * NEAR_S
+        rate = min(self.link, self.network * line.near) * 1e9 * WIRE
+        far = turns * line.machines / line.size
+        return sent / rate + far * FAR_S + (turns - far) * NEAR_S
 
     def needed(self, allocated: int, ranks: int) -> int:
         """Bytes of the card that a peak of so many allocated ones takes. On a CPU they are the same."""
@@ -78,16 +95,17 @@ class Card:
         return int((allocated + WORKSPACES) * (1 + FRAGMENTS)) + CONTEXT + (NCCL if ranks > 1 else 0)
 
 
-# name, memory GB, bf16, fp16, fp8, tf32, fp32 TFLOP/s, memory GB/s, link GB/s, host GB/s
+# name, memory GB, bf16, fp16, fp8, tf32, fp32 TFLOP/s, memory GB/s, link GB/s, host GB/s, network GB/s: of the systems that the
+# card's maker builds (DGX, HGX), where there are some, else 25 Gb/s a card
 CARDS = {
     card.name: card
     for card in (
-        Card("b200", 180, 2250, 2250, 4500, 1125, 75, 7700, 900, 55),
-        Card("h200", 141, 989, 989, 1979, 494, 67, 4800, 450, 55),
-        Card("h100", 80, 989, 989, 1979, 494, 67, 3350, 450, 55),
-        Card("h100-pcie", 80, 756, 756, 1513, 378, 51, 2000, 55, 55),
-        Card("a100-80", 80, 312, 312, 312, 156, 19.5, 2039, 300, 25),
-        Card("a100-40", 40, 312, 312, 312, 156, 19.5, 1555, 300, 25),
+        Card("b200", 180, 2250, 2250, 4500, 1125, 75, 7700, 900, 55, 50),
+        Card("h200", 141, 989, 989, 1979, 494, 67, 4800, 450, 55, 50),
+        Card("h100", 80, 989, 989, 1979, 494, 67, 3350, 450, 55, 50),
+        Card("h100-pcie", 80, 756, 756, 1513, 378, 51, 2000, 55, 55, 25),
+        Card("a100-80", 80, 312, 312, 312, 156, 19.5, 2039, 300, 25, 25),
+        Card("a100-40", 40, 312, 312, 312, 156, 19.5, 1555, 300, 25, 25),
         Card("l40s", 48, 362, 362, 733, 183, 91.6, 864, 25, 25),
         Card("rtx6000-ada", 48, 364, 364, 728, 182, 91.1, 960, 25, 25),
         Card("a6000", 48, 155, 155, 155, 77.4, 38.7, 768, 25, 25),
@@ -98,8 +116,8 @@ CARDS = {
         Card("l4", 24, 121, 121, 242, 60, 30.3, 300, 25, 25),
         Card("rtx4080", 16, 97.5, 97.5, 195, 48.7, 48.7, 717, 25, 25),
         Card("t4", 16, 8.1, 65, 8.1, 8.1, 8.1, 320, 12, 12),
-        Card("v100-32", 32, 15.7, 125, 15.7, 15.7, 15.7, 900, 150, 12),
-        Card("v100-16", 16, 15.7, 125, 15.7, 15.7, 15.7, 900, 150, 12),
+        Card("v100-32", 32, 15.7, 125, 15.7, 15.7, 15.7, 900, 150, 12, 6),
+        Card("v100-16", 16, 15.7, 125, 15.7, 15.7, 15.7, 900, 150, 12, 6),
     )
 }
 COMMON = ("b200", "h200", "h100", "a100-40", "l40s", "rtx5090", "rtx4090", "rtx4080")  # that a size stands for

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from trainkit.errors import DONE, FAILED, UserError
 
-SEARCH_S = 60.0
+SEARCH_S = 45.0
 
 
 def add_to(app: typer.Typer, words: Any, folder: Any) -> None:
@@ -23,7 +24,9 @@ def add_to(app: typer.Typer, words: Any, folder: Any) -> None:
         ] = None,
         gpus: Annotated[str | None, typer.Option(help="Several, such as 8xh100, or 8 beside --gpu.")] = None,
         search: Annotated[bool, typer.Option("--search", help="Find what fits, though this may fit already.")] = False,
-        search_s: Annotated[float, typer.Option(min=1, help="The most seconds that a search takes.")] = SEARCH_S,
+        search_s: Annotated[
+            float, typer.Option(min=1, help="The seconds in which the plan and a search end.")
+        ] = SEARCH_S,
         json_: Annotated[Path | None, typer.Option("--json", help="Also write the plan to this file.")] = None,
         price: Annotated[float | None, typer.Option(min=0, help="Dollars an hour of one GPU.")] = None,
         efficiency: Annotated[
@@ -74,22 +77,23 @@ def planned(
     from trainkit.plan import cards as known
     from trainkit.plan import report
     from trainkit.plan.planned import Setting, check, plan
-    from trainkit.plan.search import Search, largest_microbatch, planner
+    from trainkit.plan.search import Search, most_rows_that_fit
 
+    began = time.monotonic()
     run = runs.composed(overrides, config_dir)
     setting = Setting(known.find(gpu), ranks, efficiency, documents, price)
-    several = ranks > 1 and run.parallel.kind == "single"
+    several = ranks > 1 and run.parallel.kind == "single" and not run.parallel.given()
     if not (search and several):
-        check(run, ranks)
-    cells, fits, rows = [], False, max(1, run.data.batch // ranks)
+        run = check(run, setting)
+    cells, fits = [], False
     if not (search and several):
         made = plan(run, setting)
         fits = made.fits
-        most = made if fits and made.microbatch == rows else largest_microbatch(planner(run, setting), rows)
-        report.show(made, run.memory.describe(), most.microbatch if most.fits else None)
+        report.show(made, run.memory.describe(), most_rows_that_fit(made, run, setting))
         cells.append(report.cell(made, overrides, run.memory.describe()))
     if search or not fits:
-        seeking = Search(overrides, config_dir, setting, search_s, _tell)
+        left = max(search_s - (time.monotonic() - began), search_s / 2)
+        seeking = Search(overrides, config_dir, setting, left, _tell)
         found = seeking.best()
         report.show_found(found, seeking.cut_short)
         for f in found:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
 
+from trainkit.plan.world import Line
+
 aten = torch.ops.aten
 _FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -22,6 +24,16 @@ _MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.mm.out, 
 _HALVES = (torch.bfloat16, torch.float16)
 # what they look up in a large tensor is little of it
 _LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index_select.default, aten.scatter_add_.default)
+COLLECTIVE = ("c10d::", "_c10d_functional::")
+# a part of an operator's name, what it is called, and how often all bytes but a rank's own go round; 0: from one to another
+_COLLECTIVES = (
+    ("allreduce", "all-reduce", 2),
+    ("all_reduce", "all-reduce", 2),
+    ("reduce_scatter", "reduce-scatter", 1),
+    ("gather", "all-gather", 1),
+    ("broadcast", "broadcast", 0),
+    ("send", "send", 0),
+)
 _REDUCED_BY_ONEDNN = 200 << 10  # scratch a thread of a product in bfloat16, measured for the sizes of gpt2
 _TRANSPOSED_BY_ONEDNN = 1_200 << 10  # and where the first matrix is transposed
 
@@ -29,13 +41,12 @@ _TRANSPOSED_BY_ONEDNN = 1_200 << 10  # and where the first matrix is transposed
 @dataclass(frozen=True)
 class Device:
     """What is planned for. `torch` is the device that its fake tensors say they are on; the allocator gives memory in
-    pieces of `unit` bytes; `threads` is of a CPU; `ranks` share each collective."""
+    pieces of `unit` bytes; `threads` is of a CPU."""
 
     torch: torch.device
     cuda: bool = False
     unit: int = 1
     threads: int = 1
-    ranks: int = 1
 
     def rounded(self, size: int) -> int:
         """What the allocator takes for so many bytes."""
@@ -45,8 +56,8 @@ class Device:
 @dataclass
 class Work:
     """What an op costs: operations in `dtype`, bytes read and written, those that the host reads and writes in its own
-    memory, bytes that go between host and device, bytes that this rank sends to others; `beside`: the transfer waits for
-    nobody. It is done `times` over."""
+    memory, bytes that go between host and device (`beside`: which waits for nobody), bytes that this rank sends to the
+    others of a `line` by a `collective`, in so many `turns`. It is done `times` over."""
 
     flops: float = 0.0
     dtype: torch.dtype = torch.float32
@@ -55,6 +66,9 @@ class Work:
     moved: int = 0
     sent: int = 0
     beside: bool = False
+    collective: str = ""
+    line: Line | None = None
+    turns: int = 0
     phase: str = ""
     forward: int = 0  # how many forwards the step had begun
     times: int = 1
@@ -72,6 +86,9 @@ def workspace(func: Any, args: Any, inputs: Sequence[Tensor], made: Sequence[Ten
         return _of_attention(func, args, device)
     if device.cuda:
         return 0
+    if func.name().startswith(COLLECTIVE):  # gloo gathers into, and scatters from, a copy of the whole
+        copied = any(words in func.name() for words in ("gather", "reduce_scatter"))
+        return max((t.nbytes for t in [*inputs, *made]), default=0) if copied else 0
     if func in _MATMULS and inputs[-1].dtype == torch.bfloat16:
         transposed = not inputs[-2].is_contiguous() and func is not aten.bmm.default
         return device.threads * (_TRANSPOSED_BY_ONEDNN if transposed else _REDUCED_BY_ONEDNN)
@@ -83,10 +100,10 @@ def workspace(func: Any, args: Any, inputs: Sequence[Tensor], made: Sequence[Ten
 def work(
     func: Any, args: Any, kwargs: Any, inputs: Sequence[Tensor], made: Sequence[Tensor], device: Device
 ) -> Work | None:
-    """What the op costs; None where it only looks at memory in another way."""
+    """What the op costs; None where it only looks at memory in another way, or is a collective."""
     name = func.name()
-    if name.startswith(("c10d::", "_c10d_functional::")):
-        return Work(sent=_sent(name, inputs, made, device.ranks))
+    if name.startswith(COLLECTIVE):
+        return None
     if func.is_view or name.startswith(("prim::", "profiler::")) or not (inputs or made):
         return None
     tensors = [*inputs, *made]
@@ -157,8 +174,12 @@ def _of_casts(func: Any, inputs: Sequence[Tensor], out: Tensor) -> int:
     return sum(t.numel() * common.itemsize for t in tensors if t.dtype != common)
 
 
-def _sent(name: str, inputs: Sequence[Tensor], made: Sequence[Tensor], ranks: int) -> int:
-    """Bytes a rank sends in a ring (Patarasuk & Yuan 2009)."""
-    size = max((t.nbytes for t in [*inputs, *made]), default=0)
-    rounds = 2 if "allreduce" in name or "all_reduce" in name else 1 if "gather" in name or "scatter" in name else 0
-    return math.ceil(size * rounds * (ranks - 1) / ranks)
+def collective(func: Any, line: Line, inputs: Sequence[Tensor], made: Sequence[Tensor]) -> Work | None:
+    """What a collective sends from each rank, in a ring (Patarasuk & Yuan 2009); None where it sends nothing."""
+    name, size = func.name(), max((t.nbytes for t in [*inputs, *made]), default=0)
+    for words, called, rounds in _COLLECTIVES:
+        if words in name:
+            share = (line.size - 1) / line.size if rounds else 1.0
+            turns = max(rounds, 1) * (line.size - 1) if rounds else 1
+            return Work(sent=math.ceil(size * max(rounds, 1) * share), collective=called, line=line, turns=turns)
+    return None

@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
+from trainkit.parallel import Sizes
 from trainkit.plan.engine import alone, called_by_the_engine, references
-from trainkit.plan.kernels import Device, Work, where, work, workspace
+from trainkit.plan.kernels import COLLECTIVE, Device, Work, collective, where, work, workspace
+from trainkit.plan.world import Line, group_of, of_ranks
 
 aten = torch.ops.aten
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary")
@@ -54,11 +56,13 @@ class OutOfTimeError(RuntimeError):
 
 class Live(TorchDispatchMode):
     """Follows what `device` holds; all else is host memory. `peaks` and `host_peaks` are by place, `done` is the work. It
-    raises OutOfTimeError soon after `time.monotonic()` is at `until`."""
+    raises OutOfTimeError soon after `time.monotonic()` is at `until`. `sizes` are those of the mesh whose ranks talk."""
 
-    def __init__(self, device: Device, until: float | None = None) -> None:
+    def __init__(self, device: Device, until: float | None = None, sizes: Sizes | None = None) -> None:
         super().__init__()
         self.until = until
+        self.sizes = sizes
+        self._lines: dict[str, Line] = {}
         self.device = device
         self.held: Counter[str] = Counter()
         self.host = 0
@@ -91,9 +95,21 @@ class Live(TorchDispatchMode):
         if self._unseen:
             return out
         self._look(workspace(func, args, inputs, made, self.device))
-        if (cost := work(func, args, kwargs, inputs, made, self.device)) is not None:
+        if func.name().startswith(COLLECTIVE):
+            cost = self._talk(func, args, inputs, made)
+        else:
+            cost = work(func, args, kwargs, inputs, made, self.device)
+        if cost is not None:
             self.count(cost)
         return out
+
+    def _talk(self, func: Any, args: Any, inputs: list[Tensor], made: list[Tensor]) -> Work | None:
+        """What a collective costs among the ranks of its group."""
+        if self.sizes is None or (group := group_of(args)) is None:
+            return None
+        if group.group_name not in self._lines:
+            self._lines[group.group_name] = of_ranks(torch.distributed.get_process_group_ranks(group), self.sizes)
+        return collective(func, self._lines[group.group_name], inputs, made)
 
     def count(self, cost: Work) -> None:
         """Something was done that takes time."""
@@ -194,7 +210,9 @@ class Live(TorchDispatchMode):
             parameter.register_post_accumulate_grad_hook(name_gradient)
         optimizer.register_step_pre_hook(name_gradients)
         optimizer.register_step_post_hook(name_state)
-        model.register_forward_pre_hook(count)
+        pipeline = getattr(model, "pipeline", None)
+        for stage in pipeline.stages.values() if pipeline is not None else (model,):
+            stage.register_forward_pre_hook(count)
         blocks: Any = model.backbone.blocks  # type: ignore[union-attr]  # a task's model has them
         for number, block in enumerate(blocks):
             part = "first" if number == 0 else "last" if number == len(blocks) - 1 else "inner"

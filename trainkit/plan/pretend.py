@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -20,6 +19,7 @@ from trainkit import build
 from trainkit.learner import Learner
 from trainkit.parallel import Ranks
 from trainkit.plan.kernels import Device
+from trainkit.plan.world import others, started
 from trainkit.run import Run
 from trainkit.tasks import Embedding
 
@@ -80,14 +80,43 @@ def _zeros(tensor: Tensor, real: Any = Tensor.tolist) -> Any:
 
 
 @contextmanager
-def pretending(device: Device, ranks: Ranks) -> Iterator[None]:
-    """Inside, new tensors are fake."""
-    with ExitStack() as stack:
-        if ranks.size > 1 or ranks.kind == "fsdp":
-            stack.enter_context(_others(device, ranks.size, ranks.kind))
+def pretending(run: Run, device: Device, rank: int, size: int) -> Iterator[Ranks]:
+    """Inside, new tensors are fake, and so are all ranks but this one."""
+    stream = run.memory.stream is not None
+    with ExitStack() as stack, started(size):
+        ranks = run.parallel.lay_out(Ranks(device.torch, rank, size), stream=stream)
+        if size > 1 or ranks.kind == "fsdp":
+            stack.enter_context(others(ranks))
+            stack.enter_context(_sharding_on(device))
+            stack.enter_context(_agreeing())
         stack.enter_context(FakeTensorMode())
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _replaced))
         stack.enter_context(mock.patch.object(Tensor, "tolist", _zeros))
+        yield ranks
+
+
+@contextmanager
+def _sharding_on(device: Device) -> Iterator[None]:
+    """FSDP on a device that torch may not know."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_init, _fully_shard
+
+    with (
+        mock.patch.object(_fully_shard, "_get_device_from_mesh", return_value=device.torch),
+        mock.patch.object(_fsdp_init, "_move_states_to_device", _moved),
+    ):
+        yield
+
+
+@contextmanager
+def _agreeing() -> Iterator[None]:
+    """The stages of a pipeline ask each other whether all of them know the shapes of what they send: they do."""
+    from torch.distributed.pipelining import PipelineStage
+
+    with ExitStack() as stack:
+        for name in ("_warmup_forward_vote", "_warmup_backward_result"):
+            if hasattr(PipelineStage, name):  # torch 2.13 has it
+                told = mock.Mock(return_value=SimpleNamespace(item=lambda: 1))
+                stack.enter_context(mock.patch.object(PipelineStage, name, told))
         yield
 
 
@@ -96,29 +125,6 @@ def learner(run: Run, ranks: Ranks, batches: Batches) -> Learner:
     rows = Rows(run.data.length, run.data.batch, batches, run.data.gives)
     pretended: Any = replace(run, data=rows, compile="off")  # type: ignore[arg-type]  # it only has to build a loader
     return build.learner(pretended, SimpleNamespace(vocab=0), ranks)
-
-
-@contextmanager
-def _others(device: Device, size: int, kind: str) -> Iterator[None]:
-    """Ranks that are not there. The mesh has to be made of real numbers, so before anything is fake."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp._fully_shard import _fsdp_init, _fully_shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from trainkit.parallel import mesh
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        names = ("dp_shard",) if kind == "fsdp" else ("dp_replicate",)
-        found = init_device_mesh("cpu", (size,), mesh_dim_names=names)
-        with (
-            mock.patch.object(mesh, "init_device_mesh", return_value=found),
-            mock.patch.object(_fully_shard, "_get_device_from_mesh", return_value=device.torch),
-            mock.patch.object(_fsdp_init, "_move_states_to_device", _moved),
-        ):
-            yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _moved(parameters: Iterable[Any], buffers: Iterable[Any], device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from trainkit import atomic
-from trainkit.plan.planned import Plan
+from trainkit.plan.cards import WIRE
+from trainkit.plan.planned import Plan, Talk
 from trainkit.plan.search import Found
+from trainkit.plan.world import NODE
 from trainkit.units import human_bytes, human_count, human_time
 
 SHOWN = 16
+SAID_BYTES = 1 << 10  # what ranks send of single numbers is not worth a line
 
 
 def verdict(plan: Plan) -> str:
@@ -48,8 +52,9 @@ def show_found(found: Sequence[Found], cut_short: bool) -> None:
     for f in shown:
         p = f.plan
         speed = f"{human_count(p.tokens_per_s)} tokens/s" if p.fits else "too large"
+        mesh = f"  {p.sizes}" if p.setting.ranks > 1 else ""
         host = f"  {human_bytes(p.host_bytes):>10} of the host" if p.setting.card.cuda else ""
-        console.print(f"  {human_bytes(p.needed):>10}{host}  {speed:>16}  {f.grade}", markup=False)
+        console.print(f"  {human_bytes(p.needed):>10}{host}  {speed:>16}  {f.grade}{mesh}", markup=False)
         console.print(f"    {command(f)}", markup=False)
     if cut_short:
         console.print("the search was cut short by its time limit: --search-s makes it longer")
@@ -61,8 +66,8 @@ def command(found: Found) -> str:
     ranks = found.plan.setting.ranks
     if ranks == 1:
         return f"trainkit train {words}".rstrip()
-    nodes = f"--nnodes={-(-ranks // 8)} " if ranks > 8 else ""
-    return f"torchrun {nodes}--nproc_per_node={min(ranks, 8)} -m trainkit train {words}".rstrip()
+    nodes = f"--nnodes={-(-ranks // NODE)} " if ranks > NODE else ""
+    return f"torchrun {nodes}--nproc_per_node={min(ranks, NODE)} -m trainkit train {words}".rstrip()
 
 
 def assumed(plan: Plan) -> str:
@@ -72,9 +77,11 @@ def assumed(plan: Plan) -> str:
     traced = f"traced on {blocks} blocks" + (" and extrapolated to all" if len(plan.depths) > 1 else "")
     share = f"matrix products at {setting.share:.0%} of the peak"
     compiled = "not compiled" if plan.compile == "off" else f"compile={plan.compile} planned as eager"
+    unseen = "" if plan.evaluated else "; a pipeline's evaluations and resumes not traced"
+    wires = f"; {NODE} GPUs a machine, wires at {WIRE:.0%} of their data sheets" if setting.ranks > 1 else ""
     if not setting.card.cuda:
-        return f"{traced}; {rows}; {compiled}; {share}, which was measured here"
-    return f"{traced}; {rows}; {compiled}; {share}; figures for a GPU are not yet measured on one"
+        return f"{traced}{unseen}; {rows}; {compiled}; {share}, which was measured here"
+    return f"{traced}{unseen}; {rows}; {compiled}; {share}{wires}; figures for a GPU are not yet measured on one"
 
 
 def cell(plan: Plan, overrides: Sequence[str], memory: str) -> dict[str, Any]:
@@ -96,6 +103,9 @@ def cell(plan: Plan, overrides: Sequence[str], memory: str) -> dict[str, Any]:
         "predicted_device_bytes": plan.needed,
         "predicted_host_bytes": plan.host_bytes,
         "predicted_sent_bytes": plan.sent_bytes,
+        "mesh": plan.sizes.by_axis(),
+        "predicted_talk": [asdict(talk) for talk in plan.talk],
+        "predicted_bubble": plan.bubble,
         "predicted_moved_bytes": plan.moved_bytes,
         "predicted_checkpoint_bytes": plan.checkpoint_bytes,
         "predicted_hours": plan.hours,
@@ -110,12 +120,18 @@ def write(path: Path, cells: Sequence[dict[str, Any]]) -> None:
     atomic.write(path, (json.dumps({"cells": list(cells)}, indent=2) + "\n").encode())
 
 
+def said(talk: Talk) -> str:
+    """What a rank sends along some axes, in words."""
+    how = "waited for" if talk.waited_for else "beside the rest"
+    return f"{talk.axes}: {human_bytes(talk.sent)} a step by {talk.collective}, {talk.seconds * 1000:.3g} ms {how}"
+
+
 def _cards(plan: Plan) -> str:
     return f"{plan.setting.ranks} × {plan.setting.card.name}" if plan.setting.ranks > 1 else plan.setting.card.name
 
 
 def _rows(plan: Plan, memory: str, largest: int | None) -> list[tuple[str, str]]:
-    peaks = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.peaks.items())
+    peaks = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.peaks.items() if size)
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.by_category.items())
     rows = [
         ("model", f"{human_count(plan.parameters)} parameters, {human_count(plan.flops_per_token)} FLOPs a token"),
@@ -128,7 +144,10 @@ def _rows(plan: Plan, memory: str, largest: int | None) -> list[tuple[str, str]]
         ("microbatch", f"{largest} rows are the most that fit" if largest else "not even one row fits"),
     ]
     if plan.setting.ranks > 1:
-        rows.append(("between ranks", f"each sends {human_bytes(plan.sent_bytes)} a step"))
+        rows.insert(1, ("mesh", str(plan.sizes)))
+        rows += [("between ranks", said(talk)) for talk in plan.talk if talk.sent >= SAID_BYTES]
+    if plan.bubble:
+        rows.append(("pipeline", f"a rank stands still for {plan.bubble:.0%} of a step"))
     if plan.moved_bytes:
         rows.append(("to the host", f"{human_bytes(plan.moved_bytes)} a step, there and back"))
     return [row for row in rows if row[0] != "host" or plan.setting.card.cuda]

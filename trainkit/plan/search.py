@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainkit import run as runs
 from trainkit.errors import UserError
+from trainkit.plan import planned as planning
 from trainkit.plan.bounds import least_bytes, least_seconds, most_rows, row_bytes, sizes_of
 from trainkit.plan.candidates import GRADES, Candidate, Candidates
 from trainkit.plan.live import OutOfTimeError
@@ -16,7 +17,9 @@ from trainkit.plan.planned import Plan, Setting, plan, with_microbatch
 from trainkit.run import Run
 
 SHARE = 0.25  # of the time that is left, for one way at most
+FIRST = 0.6  # until something is found that fits
 ENOUGH, ENOUGH_CHANGED = 4, 1  # ways of a grade, and of a change of what is learned: then no more are looked for
+FULL = 4  # microbatches a stage, with which a pipeline stands still little
 Tell = Callable[[str], None]
 OfRows = Callable[[int], Plan]
 
@@ -40,6 +43,22 @@ def planner(run: Run, setting: Setting, *, sure: bool = True, until: float | Non
     """Plans of `run` with so many rows at once; with all of them where updates are made in the backward."""
     whole = run.memory.step_in_backward is not None
     return lambda rows: plan(run if whole else with_microbatch(run, rows), setting, sure=sure, until=until)
+
+
+def most_rows_that_fit(made: Plan, run: Run, setting: Setting) -> int | None:
+    """Of a run that was planned as it is: the most rows at once that fit, None where not even one does. Arithmetic may know."""
+    rows, limit = rows_of(run, setting), most_rows(run, setting)
+    if not limit or (made.fits and made.microbatch == rows):
+        return rows if limit else None
+    traced = planner(run, setting, sure=False)
+    best = largest_microbatch(lambda n: made if n == made.microbatch else traced(n), rows, limit)
+    return best.microbatch if best.fits else None
+
+
+def rows_of(run: Run, setting: Setting) -> int:
+    """The most rows that a rank may have at once: its own, or a microbatch of a pipeline that has as many as stages."""
+    sizes = planning.mesh_of(run, setting)
+    return max(1, run.data.batch // sizes.data // sizes.pp)
 
 
 def largest_microbatch(of: OfRows, rows: int, most: int | None = None) -> Plan:
@@ -82,6 +101,7 @@ class Search:
         self._rows: dict[tuple[object, ...], int] = {}  # that fitted, whatever parameters, gradients and states take
         self.cut_short = False
         self.tried = 0
+        self._found = False  # something that fits
 
     def best(self) -> list[Found]:
         """What fits, the best first; where nothing does, what needs the least."""
@@ -131,9 +151,10 @@ class Search:
     def _try(self, candidate: Candidate, least: float, most: int) -> Found | None:
         """The way to run at its best microbatch; None where it cannot be traced, or takes too long."""
         self._tell(" ".join(candidate.overrides))
-        run, rows, now = candidate.run, candidate.run.data.batch // self._setting.ranks, time.monotonic()
-        alike = _activations(run)
-        until = min(self._end, now + max(SHARE * (self._end - now), SHARE * self._limit_s / 2))
+        run, rows, now = candidate.run, rows_of(candidate.run, self._setting), time.monotonic()
+        alike, mesh = _activations(run), planning.mesh_of(run, self._setting)
+        share = SHARE if self._found else FIRST
+        until = min(self._end, now + max(share * (self._end - now), SHARE * self._limit_s / 2))
         planned = planner(run, self._setting, sure=False, until=until)
         seen: list[Plan] = []
 
@@ -144,6 +165,8 @@ class Search:
         try:
             if run.memory.step_in_backward is not None:
                 best = of(rows)
+            elif mesh.pp > 1:
+                best = largest_microbatch(of, rows, min(most, self._rows.get(alike, most), max(1, rows // FULL)))
             else:
                 best = largest_microbatch(of, rows, min(most, self._rows.get(alike, most)))
         except OutOfTimeError:  # what is known by then may do
@@ -155,15 +178,16 @@ class Search:
             return None
         self.tried += 1
         if best.fits:
+            self._found = True
             self._rows[alike] = best.microbatch
         else:
             self._too_large[alike] = least, best.needed - self._setting.card.bytes
-        micro = [f"memory.microbatch={best.microbatch}"] if best.microbatch < rows else []
+        micro = [f"memory.microbatch={best.microbatch}"] if best.microbatch < rows or mesh.pp > 1 else []
         return Found((*candidate.overrides, *micro), candidate.grade, best, run.memory.describe())
 
 
 def _kind(candidate: Candidate) -> tuple[str, ...]:
-    return (candidate.grade, candidate.run.parallel.kind, *candidate.changes)
+    return (candidate.grade, *candidate.changes)
 
 
 def _activations(run: Run) -> tuple[object, ...]:

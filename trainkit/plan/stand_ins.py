@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from trainkit.optimizers import formats, low_bit, rounding
 from trainkit.plan.kernels import Work, where
 from trainkit.plan.live import Live
+from trainkit.tasks import loss
 
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ def standing_in(live: Live) -> Iterator[None]:
             _row_chunks=lambda *tensors: _pieces(live, tensors, max(1, (1 << 20) // max(1, tensors[0].shape[1]))),
         )
         put(rounding, _begins=lambda count, size: first_and_last(live, range(0, count, size)))
+        put(loss, _begins=lambda count, size: first_and_last(live, range(0, count, size)))
         if torch.distributed.is_initialized():
             from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
@@ -41,6 +43,7 @@ def standing_in(live: Live) -> Iterator[None]:
         if live.device.cuda:
             put(F, scaled_dot_product_attention=_attention, rms_norm=_norm)
             put(rounding, CHUNK=rounding.BUCKET)
+            put(loss, BLOCK=None)
             put(low_bit, CPU_CHUNK=low_bit.GPU_CHUNK, _kernel=_of_one_kernel(live))
         yield
 

@@ -4,7 +4,8 @@ B rows, T positions, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -83,18 +84,14 @@ class NextToken:
 
         Without a single label there is nothing to measure: all are NaN.
         """
-        training = model.training
-        model.eval()
-        try:
-            sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        with evaluating(model):
             for batch in batches:
                 if stop():
                     return None
                 for rows in microbatches(batch, microbatch or len(batch["tokens"])):
                     loss = model(rows["tokens"], rows["labels"], rows.get("documents"))
                     sums += torch.stack([loss.double(), (rows["labels"] != IGNORED).sum(), rows["bytes"].sum()])
-        finally:
-            model.train(training)
         nats, tokens, size = ranks.sum(sums).tolist()
         loss_per_token = nats / tokens if tokens else math.nan
         return {
@@ -187,6 +184,17 @@ def accumulated(
         total = total + loss.detach()
     ranks.finish_sums()
     return {"loss": exact.finish() if exact else ranks.sum(total), "own_loss": total}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` drops nothing meanwhile; afterwards it is as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def microbatches(batch: Mapping[str, Tensor], rows: int) -> Iterable[dict[str, Tensor]]:

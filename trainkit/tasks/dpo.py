@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from trainkit.config import Fraction, Positive, config
 from trainkit.models.adapters import asleep
-from trainkit.tasks.causal_lm import CausalLM, LanguageModel, accumulated, microbatches
+from trainkit.tasks.causal_lm import CausalLM, LanguageModel, accumulated, evaluating, microbatches
 from trainkit.tasks.loss import IGNORED, summed_loss
 
 METRICS = ("val_loss", "val_accuracy", "val_margin")
@@ -79,18 +79,14 @@ class DPO:
     ) -> dict[str, float] | None:
         """Loss a pair, the share of pairs whose preferred answer has gained more, and by how much (times beta, in nats); None
         when `stop()` says so in between."""
-        training = model.training
-        model.eval()
-        try:
-            sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        with evaluating(model):
             for batch in batches:
                 if stop():
                     return None
                 for rows in microbatches(batch, microbatch or len(batch["tokens"])):
                     count = (rows["labels"] != IGNORED).any(1).sum()
                     sums += torch.cat([_compared(model, rows).double(), count.double()[None]])
-        finally:
-            model.train(training)
         *found, pairs = ranks.sum(sums).tolist()
         return {name: value / pairs if pairs else float("nan") for name, value in zip(METRICS, found, strict=True)}
 
@@ -125,13 +121,8 @@ class PreferenceModel(LanguageModel):
     @torch.no_grad()
     def _before(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """The same of the model that the run began with, nothing dropped."""
-        training = self.backbone.training
-        self.backbone.eval()
-        try:
-            with asleep(self.backbone):
-                return self._said(tokens, labels)
-        finally:
-            self.backbone.train(training)
+        with evaluating(self.backbone), asleep(self.backbone):
+            return self._said(tokens, labels)
 
 
 def _compared(model: nn.Module, rows: Mapping[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainkit.config import Count, NonNegative, Positive, config
 from trainkit.errors import UserError
 from trainkit.tasks import embedding_loss as losses
+from trainkit.tasks.causal_lm import evaluating
 from trainkit.tasks.embedding_loss import Rows, truncated
 from trainkit.tasks.embedding_model import EmbeddingModel, Pooling
 from trainkit.tasks.passes import Passes, gathered, places
@@ -174,10 +175,8 @@ class Embedding:
         and @10; alignment and uniformity (Wang & Isola 2020, arXiv:2005.10242). What nothing was measured of is NaN.
         None when `stop()` says so in between.
         """
-        training = model.training
-        model.eval()
         found = Found()
-        try:
+        with evaluating(model):
             for batch in batches:
                 if stop():
                     return None
@@ -190,8 +189,6 @@ class Embedding:
                     None if rows.teacher is None else rows.teacher[real],
                 )
                 found.add(rows, self.value(rows) if self._fits(rows) else None)
-        finally:
-            model.train(training)
         return found.metrics()
 
     def embed(self, model: nn.Module, batch: Mapping[str, Tensor], microbatch: int | None = None) -> Tensor:

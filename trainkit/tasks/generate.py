@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainkit.errors import UserError
 from trainkit.models.attention import Cache
+from trainkit.tasks.causal_lm import evaluating
 
 
 @torch.no_grad()
@@ -70,9 +71,7 @@ def together(
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     histories = [list(prompt)[-context:] for prompt in prompts]
     live = [True] * len(prompts)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         caches, fresh, documents, seen = _begun(model, histories, device)
         for _ in range(tokens):
             with _uncompiled():
@@ -90,8 +89,6 @@ def together(
             if seen >= context:
                 histories = [history[-max(1, context // 2) :] for history in histories]
                 caches, fresh, documents, seen = _begun(model, histories, device)
-    finally:
-        model.train(training)
 
 
 def _begun(

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 IGNORED = -100
 WHOLE = 1 << 22  # logits up to here (16 MiB in float32) are made at once: there is little memory to save
 CHUNK = 1 << 25  # logits of a chunk, 128 MiB in float32: smaller ones make the matrix products thin and slow
+BLOCK: int | None = (
+    1 << 21
+)  # of them that what follows a product goes over at once on a CPU, so that its cache holds them
 
 
 class Vocabulary(Protocol):
@@ -94,50 +97,71 @@ def _in_chunks(
 
     Matrix products are in `dtype`, everything else in at least float32: also the gradients, which a float16 scaler has
     not made large yet. The buffers are written over by every chunk, because on a CPU fresh memory costs more than
-    the arithmetic on it.
+    the arithmetic on it. With 16 bits a chunk has twice the rows there: little of it is ever wide.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     h, w = hidden.to(dtype), unembed.to(dtype)
     if torch.compiler.is_compiling() and vocabulary is None:
         return _for_a_compiler(h, w, labels, wide, wanted)
-    chunks = -(-len(h) * len(w) // CHUNK)
+    in_cache = BLOCK is not None and h.device.type == "cpu" and vocabulary is None
+    numbers = CHUNK * wide.itemsize // dtype.itemsize if in_cache else CHUNK
+    chunks = -(-len(h) * len(w) // numbers)
     rows = max(1, -(-len(h) // chunks))  # equal chunks: a thin last one would be slow
+    block = min(rows, max(1, BLOCK // len(w))) if in_cache and BLOCK else rows
     total = torch.zeros((), dtype=wide, device=h.device)
     by_hidden = torch.empty(h.shape, dtype=wide, device=h.device) if wanted[0] else None
-    by_unembed = torch.zeros(w.shape, dtype=wide, device=h.device) if wanted[1] else None
-    buffer = torch.empty(rows, len(w), dtype=wide, device=h.device)
-    narrow_buffer = buffer if dtype == wide else torch.empty(rows, len(w), dtype=dtype, device=h.device)
+    by_unembed = torch.empty(w.shape, dtype=wide, device=h.device) if wanted[1] else None
+    buffer = torch.empty(rows, len(w), dtype=dtype, device=h.device)
+    wide_buffer = None if dtype == wide else torch.empty(block, len(w), dtype=wide, device=h.device)
     narrow_sum = torch.empty_like(w) if wanted[1] and dtype != wide else None
     for begin in range(0, len(h), rows):
         some, y = h[begin : begin + rows], labels[begin : begin + rows, None]
-        wide_chunk, narrow = buffer[: len(some)], narrow_buffer[: len(some)]
-        torch.mm(some, w.T, out=narrow)
-        logits = wide_chunk.copy_(narrow) if dtype != wide else wide_chunk
-        valid = here = y != IGNORED
-        if vocabulary is not None:
-            y = y - vocabulary.begin
-            here = (y >= 0) & (y < len(w)) & valid
-        y = torch.where(here, y, 0)
-        largest, of_label = logits.amax(1, keepdim=True), logits.gather(1, y)
-        if vocabulary is not None:
-            largest, of_label = vocabulary.largest(largest), vocabulary.sum(of_label * here)
-        powers = logits.sub_(largest).exp_()
-        normaliser = powers.sum(1, keepdim=True)
-        if vocabulary is not None:
-            normaliser = vocabulary.sum(normaliser)
-        total += ((normaliser.log() + largest - of_label) * valid).sum()
-        if not any(wanted):
-            continue
-        grad = powers.mul_(valid / normaliser).scatter_add_(1, y, -here.to(wide))
-        if dtype != wide:
-            narrow.copy_(grad)
+        logits = torch.mm(some, w.T, out=buffer[: len(some)])
+        for at in _begins(len(some), block):
+            part = logits[at : at + block]
+            total += _to_gradient(part, y[at : at + block], wide_buffer, vocabulary, any(wanted))
         if by_hidden is not None:
-            by_hidden[begin : begin + rows] = narrow @ w
-        if by_unembed is not None and narrow_sum is None:
-            by_unembed.addmm_(narrow.T, some)
-        elif by_unembed is not None:
-            by_unembed += torch.mm(narrow.T, some, out=narrow_sum)
+            by_hidden[begin : begin + rows] = logits @ w
+        if by_unembed is None:
+            continue
+        if narrow_sum is not None:
+            of_some = torch.mm(logits.T, some, out=narrow_sum)
+            by_unembed.copy_(of_some) if begin == 0 else by_unembed.add_(of_some)
+        elif begin == 0:
+            torch.mm(logits.T, some, out=by_unembed)
+        else:
+            by_unembed.addmm_(logits.T, some)
     return total, by_hidden, by_unembed
+
+
+def _to_gradient(
+    logits: Tensor, y: Tensor, wide_buffer: Tensor | None, vocabulary: Vocabulary | None, wanted: bool
+) -> Tensor:
+    """The sum of the losses of some rows, whose gradient is written over their logits if it is `wanted`. A `wide_buffer` is
+    what is computed in, where logits have fewer bits."""
+    wide = logits if wide_buffer is None else wide_buffer[: len(logits)].copy_(logits)
+    valid = here = y != IGNORED
+    if vocabulary is not None:
+        y = y - vocabulary.begin
+        here = (y >= 0) & (y < logits.shape[1]) & valid
+    y = torch.where(here, y, 0)
+    largest, of_label = wide.amax(1, keepdim=True), wide.gather(1, y)
+    if vocabulary is not None:
+        largest, of_label = vocabulary.largest(largest), vocabulary.sum(of_label * here)
+    powers = wide.sub_(largest).exp_()
+    normaliser = powers.sum(1, keepdim=True)
+    if vocabulary is not None:
+        normaliser = vocabulary.sum(normaliser)
+    if wanted:
+        grad = powers.mul_(valid / normaliser).scatter_add_(1, y, -here.to(wide.dtype))
+        if wide_buffer is not None:
+            logits.copy_(grad)
+    return ((normaliser.log() + largest - of_label) * valid).sum()
+
+
+def _begins(count: int, size: int) -> range:
+    """Where blocks of `size` rows begin."""
+    return range(0, count, size)
 
 
 def _for_a_compiler(
@@ -149,8 +173,11 @@ def _for_a_compiler(
     total = torch.zeros((), dtype=wide, device=h.device)
     by_hidden: list[Tensor] = []
     by_unembed = torch.zeros(w.shape, dtype=wide, device=h.device) if wanted[1] else None
+    across = w.T  # a CPU multiplies 16 bits faster so, and the cast to them may write it in any order
+    if h.device.type == "cpu" and h.dtype.itemsize == 2:
+        across = across.contiguous()
     for some, y in zip(h.tensor_split(chunks), labels[:, None].tensor_split(chunks), strict=True):
-        logits = (some @ w.T).to(wide)
+        logits = (some @ across).to(wide)
         valid = y != IGNORED
         y = torch.where(valid, y, 0)
         largest, of_label = logits.amax(1, keepdim=True), logits.gather(1, y)
@@ -159,7 +186,7 @@ def _for_a_compiler(
         of_its_label = torch.arange(len(w), device=h.device) == y
         grad = (((logits - largest).exp() / normaliser - of_its_label.to(wide)) * valid).to(h.dtype)
         if wanted[0]:
-            by_hidden.append((grad @ w).to(wide))
+            by_hidden.append((grad @ across.T).to(wide))
         if by_unembed is not None:
             by_unembed = by_unembed + grad.T @ some
     return total, torch.cat(by_hidden) if wanted[0] else None, by_unembed

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainkit.checkpoint import Checkpoint, Checkpointer, SaveFailed
+from trainkit.checkpoint import Checkpoint, Checkpointer, SaveFailed, files
 from trainkit.parallel import Group, LostRankError
 
 SHIM = ctypes.CDLL(os.environ["LD_PRELOAD"])
 POLICY = Checkpoint(every=1, keep=2, keep_best=0, asynchronous=bool(int(os.environ["ASYNCHRONOUS"])))
+files._CHUNK = 1 << 17  # so that a file has blocks, and a rest
 FILES = {"run.yaml": b"name: t\n", "tokenizer.json": b"{}"}
 
 

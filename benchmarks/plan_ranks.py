@@ -1,0 +1,147 @@
+"""How near `trainkit plan` comes to what torch's allocator hands out on each of several ranks that train together over gloo:
+python -m benchmarks.plan_ranks [--out docs/benchmarks/plan.md]
+
+As benchmarks/plan.py, two updates and an evaluation. Peaks are those of the rank that takes most.
+"""
+
+import argparse
+import gc
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.plan import CPU, SMALLER, write_corpus
+from trainkit import build
+from trainkit import run as runs
+from trainkit.parallel import Parallel, Ranks
+from trainkit.plan.cards import Card
+from trainkit.plan.planned import Setting, plan
+from trainkit.profile.allocations import Allocations
+from trainkit.run import Run
+
+PHASES = ("training", "evaluation")
+CHAR, M50 = "model=char-small data.batch=8", "model=M50 data.batch=8"
+CELLS = [
+    (2, f"{CHAR} parallel=fsdp"),
+    (4, f"{CHAR} parallel=fsdp"),
+    (2, f"{CHAR} parallel=fsdp memory=checkpoint memory.microbatch=2"),
+    (4, f"{CHAR} parallel=fsdp memory=checkpoint memory.microbatch=1"),
+    (2, f"{CHAR} parallel=fsdp precision=bf16 memory=checkpoint"),
+    (2, f"{M50} parallel=fsdp memory=checkpoint"),
+    (4, f"{M50} parallel=fsdp memory=checkpoint"),
+    (2, f"{CHAR} parallel=fsdp parallel.reshard=false"),
+    (4, f"{CHAR} parallel=hsdp"),
+    (2, f"{CHAR} parallel=ddp"),
+    (4, f"{CHAR} parallel=ddp memory.microbatch=1"),
+    (2, f"{CHAR} parallel=tp"),
+    (4, f"{CHAR} parallel=fsdp parallel.tp=2"),
+    (2, f"{CHAR} parallel=cp"),
+    (2, f"{CHAR} parallel=pp memory.microbatch=2"),
+    (2, f"{CHAR} parallel=pp memory.microbatch=1 parallel.schedule=gpipe memory=checkpoint"),
+]
+
+
+def composed(words: str) -> Run:
+    """A cell's run."""
+    return runs.composed([*SMALLER, "schedule.warmup=2", "name=cell", "parallel.device=cpu", *words.split()])
+
+
+def measured(words: str, joined: Ranks) -> dict[str, int]:
+    """The most bytes that were allocated at once on this rank in each phase."""
+    gc.collect()  # what the cell before left
+    run = composed(words)
+    corpus = run.data.open()
+    with Allocations(torch.nn.Module(), device=CPU) as seen:
+        it = build.learner(run, corpus, run.parallel.lay_out(joined))
+        with seen.phase("training"):
+            it.train_step(), it.train_step()
+        with seen.phase("evaluation"):
+            assert it.evaluate(it.loader.validation(1), stop=lambda: False) is not None
+    return {name: seen.by_phase[name].peak for name in PHASES}
+
+
+def as_rank(cells: list[str]) -> list[dict[str, int]]:
+    """Every cell's peaks on this rank."""
+    torch.set_num_threads(1)
+    joined = Parallel(kind="ddp", device="cpu").join(CPU)
+    found = [measured(words, joined) for words in cells]
+    joined.leave()
+    return found
+
+
+def predicted(ranks: int, words: str) -> dict[str, int]:
+    """What the plan says of the rank that takes most. It needs no data, and no speed of this machine."""
+    torch.set_num_threads(1)
+    cpu = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
+    return plan(composed(f"{words} evaluation.sample_tokens=0"), Setting(cpu, ranks), whole=True).peaks
+
+
+def in_processes(ranks: int, cells: list[str]) -> list[dict[str, int]]:
+    """Of every cell the highest of the ranks' peaks."""
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        port = it.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(Path(folder, "corpus"), one_document=False)
+        more = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(ranks),
+            "TRAINKIT_CACHE": folder,
+        }
+        more |= {"PYTHONPATH": str(Path(__file__).parents[1]), "LOCAL_WORLD_SIZE": str(ranks)}
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.plan_ranks", "--measure", json.dumps(cells)],
+                cwd=folder,
+                env=os.environ | more | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        said = [child.communicate()[0] for child in started]
+        assert not any(child.returncode for child in started), cells
+    found = [json.loads(text.splitlines()[-1]) for text in said]
+    return [{name: max(one[name] for one in of) for name in PHASES} for of in zip(*found, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="write a page with the table")
+    parser.add_argument("--measure", help="as one rank: these cells, as JSON")
+    given = parser.parse_args()
+    if given.measure is not None:
+        print(json.dumps(as_rank(json.loads(given.measure))))
+        return
+    rows: list[str] = []
+    errors: list[float] = []
+    for ranks in (2, 4):
+        cells = [words for size, words in CELLS if size == ranks]
+        for words, found in zip(cells, in_processes(ranks, cells), strict=True):
+            said = predicted(ranks, words)
+            off = {name: said[name] / found[name] - 1 for name in PHASES if said[name]}
+            errors += off.values()
+            both = [f"{said[n] / 1e6:.1f} / {found[n] / 1e6:.1f} ({off[n]:+.2%})" if n in off else "" for n in PHASES]
+            rows.append(f"| {ranks} | `{words}` | {' | '.join(both)} |")
+            print(rows[-1], flush=True)
+    worst, mean = max(map(abs, errors)), statistics.mean(map(abs, errors))
+    summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {worst:.2%}, mean {mean:.2%}"
+    print(summary)
+    if given.out:
+        head = "| ranks | overrides | " + " | ".join(PHASES) + " |\n|---|---|" + "---|" * len(PHASES)
+        before, _, rest = given.out.read_text().partition("<!-- ranks -->")
+        _, _, after = rest.partition("<!-- end ranks -->")
+        table = "\n".join([summary, "", head, *rows])
+        given.out.write_text(f"{before}<!-- ranks -->\n{table}\n<!-- end ranks -->{after}")
+
+
+if __name__ == "__main__":
+    main()
