@@ -137,10 +137,7 @@ class Agent(LocalElasticAgent):
     def _code(self) -> int:
         if self._result is None or not self._result.is_failed():
             return DONE
-        if self._asked and set(self._codes) <= {
-            STOPPED,
-            -signal.SIGTERM,
-        }:  # the signal's: Python had not come as far yet
+        if self._asked and set(self._codes) <= {STOPPED, -signal.SIGTERM}:  # or had not come as far as a handler
             return STOPPED
         return next((code for code in self._codes if code in FINAL), FAILED)
 
