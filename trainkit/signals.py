@@ -109,10 +109,8 @@ def leave_at_once() -> None:
     takes itself down, which forgets handlers, it does nothing: all is done by then, and the exit code says how. The end of
     the torchrun that started this process is such a SIGTERM."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(STOPPED))
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            PR_SET_PDEATHSIG, signal.SIGTERM
-        )  # a rank whose torchrun was killed would stay in the way
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # else ranks would outlive it, and keep the run
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
