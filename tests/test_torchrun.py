@@ -169,6 +169,28 @@ def when(condition: object, *numbers: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
 
+def test_a_rank_stops_when_its_torchrun_is_killed() -> None:
+    rank = """
+import pathlib, time
+from trainkit import signals
+signals.leave_at_once()
+with signals.Signals(note=print):
+    pathlib.Path("ready").write_text("one")
+    time.sleep(30)
+"""
+    starter = f"import subprocess, sys; print(subprocess.run([sys.executable, '-c', {rank!r}]))"
+    torchrun = subprocess.Popen([sys.executable, "-c", starter], env={**os.environ, "TORCHELASTIC_RUN_ID": "x"})
+    while not Path("ready").exists():
+        time.sleep(0.02)
+    (pid,) = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    torchrun.kill()
+    torchrun.wait()
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def launched(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "trainkit", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -186,7 +208,7 @@ def test_a_run_on_two_ranks_is_started_stopped_and_resumed() -> None:
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate()
     assert (run.returncode, err) == (75, "")
-    assert out.count("mesh: dp_shard 2") == 1
+    assert out.count("mesh: dp_shard 2: 2 ranks\n") == 1
     assert out.count("run: a, 4000 steps") == 1
     assert out.count("trainkit resume a\n") == 1
     log = Path("runs/a/logs/rank-1.log").read_text()
