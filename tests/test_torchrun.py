@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -220,3 +221,18 @@ def test_a_run_on_two_ranks_is_started_stopped_and_resumed() -> None:
     assert f"run: a, step {step} to {step + 2}" in out
     lines = [json.loads(line)["step"] for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, step + 3))
+
+
+def test_who_has_the_address_keeps_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not agent._is_free_here("127.0.0.1", port)
+    assert agent._is_free_here("127.0.0.1", port)
+    assert not agent._is_free_here("192.0.2.1", port)  # of documentation: nobody's
+    assert not agent._is_free_here("no.such.host.invalid", port)
+    monkeypatch.setattr(agent, "JOIN_S", 0.0)
+    found = Launch(nproc=1, nodes=(2, 2), rendezvous=f"no.such.host.invalid:{port}")
+    with pytest.raises(ConnectionError, match=rf"nobody answers at rendezvous=no.such.host.invalid:{port}"):
+        agent.ended(found, 1, "x", Path("runs/x"), ("/bin/true",))

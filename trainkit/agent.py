@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -32,6 +33,7 @@ FINAL = (MISTAKE, DIVERGED, DAMAGED, STOPPED)  # after which another start would
 LEFT_AT_ONCE = 130
 LOOK_S = 0.1
 PROGRAM = (sys.executable, "-u", "-m", "trainkit")
+JOIN_S = 600.0  # for the machine that keeps the rendezvous
 MEET_S = 5.0  # in which ranks have been started, if no other machine is waited for
 
 
@@ -175,12 +177,35 @@ def _has_ended(pid: Any) -> bool:
 
 
 def _meeting(parameters: RendezvousParameters) -> Any:
+    """Where machines meet. The one whose address it is keeps it; the others wait for that one to come."""
+    host, _, port = parameters.endpoint.rpartition(":")
+    keeps, end = _is_free_here(host, int(port)), time.monotonic() + JOIN_S
+    while True:
+        parameters.config["is_host"] = (
+            keeps  # torch would look at this machine's name, which need not lead to its address
+        )
+        try:
+            return get_rendezvous_handler(parameters)
+        except RendezvousConnectionError as error:
+            if not keeps and time.monotonic() > end:
+                raise ConnectionError(
+                    f"nobody answers at rendezvous={parameters.endpoint}: it has to be the address of one of these machines, "
+                    f"and its port open"
+                ) from error
+            keeps = False  # another process of this machine was faster
+            time.sleep(LOOK_S)
+
+
+def _is_free_here(host: str, port: int) -> bool:
+    """Whether that is an address of this machine, and nobody has the port yet."""
     try:
-        return get_rendezvous_handler(parameters)
-    except RendezvousConnectionError as error:
-        raise ConnectionError(
-            f"nobody answers at rendezvous={parameters.endpoint}: is that one of these machines, and is its port free and open?"
-        ) from error
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as it:
+            it.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            it.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def _lost(codes: Mapping[int, int], folder: Path, since: float) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-FOREVER = timedelta(days=365)
+DAY = timedelta(days=1)
 ANSWER_S = 3.0  # within which whoever is there has answered
 LOOK_S = 0.05
 
@@ -47,8 +47,12 @@ class Roll:
         self._thread.join(ANSWER_S)
 
     def _answer(self, store: Any) -> None:
-        try:
-            store.wait(["call"], FOREVER)
-            store.set(f"here-{self._rank}", "")
-        except dist.DistError:
-            return  # the store is gone, and with it the first rank or its machine
+        while True:
+            begin = time.monotonic()
+            try:
+                store.wait(["call"], DAY)
+                store.set(f"here-{self._rank}", "")
+                return
+            except dist.DistError:
+                if time.monotonic() - begin < DAY.total_seconds():
+                    return  # the store is gone, and with it the first rank or its machine; else nobody called all day
