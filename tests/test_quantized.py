@@ -50,7 +50,7 @@ def test_four_bits_are_the_nearest_value_of_each_block(form: str, shape: tuple[i
 
 
 def test_four_bits_lie_as_bitsandbytes_has_them() -> None:
-    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is an extra of GPUs")
+    functional = pytest.importorskip("bitsandbytes.functional", reason="only this comparison needs bitsandbytes")
     torch.manual_seed(0)
     weight = torch.randn(96, 64)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")

@@ -19,7 +19,7 @@ from trainkit.units import human_bytes
 
 Status = Literal["ok", "warn", "bad"]
 EXTRAS = {
-    "bitsandbytes": "8-bit optimizers on a GPU: pip install 'trainkit[gpu]'",
+    "torchao": "float8 on a GPU: pip install 'trainkit[quant]'",
     "flash-attn": "pip install flash-attn --no-build-isolation, where it has a wheel for this torch",
     "transformers": "Hugging Face models: pip install 'trainkit[hf]'",
     "datasets": "Hugging Face data sets: pip install 'trainkit[hf]'",

@@ -1,5 +1,6 @@
 """An optimizer whose states, and whose arithmetic, are on the CPU: gradients go over, weights come back."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,14 @@ class Offloaded(torch.optim.Optimizer):
         self._device = local(next(iter(self._copies))).device
         cuda = self._device.type == "cuda"
         self._over, self._back = (torch.cuda.Stream(self._device) if cuda else None for _ in range(2))
+        self._moved, self._waited_s = 0, 0.0
+        model.memory_stats = [*getattr(model, "memory_stats", []), self.stats]  # type: ignore[assignment]
+
+    def stats(self) -> dict[str, float]:
+        """Gigabytes of gradients and weights that moved, and seconds that the CPU waited for gradients, since the last call."""
+        found = {"offload_optimizer_gb": self._moved / 1e9, "offload_optimizer_wait_s": self._waited_s}
+        self._moved, self._waited_s = 0, 0.0
+        return found
 
     def format_of(self, parameter: Tensor) -> str | None:
         """The format that this parameter's states are kept in."""
@@ -57,7 +66,9 @@ class Offloaded(torch.optim.Optimizer):
             grads, arrived = coming
             coming = self._fetch(number + 1)
             if arrived is not None:
+                begin = time.perf_counter()
                 arrived.synchronize()
+                self._waited_s += time.perf_counter() - begin
             for p, grad in zip(bucket, grads, strict=True):
                 self._copies[p].grad = grad
             self.inner.step()
@@ -66,6 +77,7 @@ class Offloaded(torch.optim.Optimizer):
             with torch.cuda.stream(self._back):  # of None, on a CPU, this is nothing
                 for p in bucket:
                     local(p).copy_(local(self._copies[p]), non_blocking=True)
+            self._moved += sum(local(tensor).nbytes for tensor in (*bucket, *grads) if tensor is not None)
         if self._back is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._back)
 
