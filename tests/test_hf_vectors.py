@@ -202,6 +202,14 @@ def test_what_is_not_known_is_refused(change: Any, said: str, place: Path) -> No
         opened(f"hf:{where}", RUNS)
 
 
+def test_an_encoder_of_another_family_is_refused(place: Path) -> None:
+    where = folder("bert", place)
+    said = json.loads((where / "config.json").read_text())
+    (where / "config.json").write_text(json.dumps({**said, "model_type": "mpnet"}))
+    with pytest.raises(UserError, match="bert makes no vectors here: mpnet is none of llama, .*bert"):
+        opened(f"hf:{where}", RUNS)
+
+
 def words_in_capitals(where: Path) -> str:
     return (where / "tokenizer.json").read_text().replace('"lowercase":true', '"lowercase":false')
 

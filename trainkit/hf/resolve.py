@@ -40,7 +40,9 @@ def resolved(tree: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
     said = {key: value for key, value in model.items() if key in FREE}
     try:
         found: dict[str, Any] = {"kind": "decoder", **families.fields(known), **said}
-    except families.Unlike:  # it is trained as transformers has it
+    except families.Unlike as why:  # it is trained as transformers has it
+        if tree["task"]["kind"] == "embedding":
+            raise UserError(f"{model['name']} makes no vectors here: {why}") from why
         own = {key: value for key, value in model.items() if key in OWN}
         found = {**own, "config": known, "context": _context(known), **said}
     if base != folder:
