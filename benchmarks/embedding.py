@@ -4,8 +4,9 @@
 
 FOLDER is a model of sentence-transformers, PAIRS.tsv two texts a line. InfoNCE at temperature 0.05 from anchor to positive, 64
 rows a step of at most 64 tokens, AdamW (fused), gradients clipped at 1, no dropout. Both learn in one process, in turns of a
-few steps, and the figure is the median step of all turns but the first. `--memory` measures instead what torch's allocator
-handed out at most in a step of 256 rows of which 32 go through the model at once (GradCache), in this process too.
+few steps, and the figure is the mean step of all turns but the first: steps differ, as rows' lengths do. `--memory` measures
+instead what torch's allocator handed out at most in a step of 256 rows of which 32 go through the model at once (GradCache),
+in this process too.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 from trainkit import build, imports
 from trainkit import run as runs
 from trainkit.profile.allocations import Allocations
+from trainkit.speed import keep_freed
 
 ROWS, LENGTH, LARGE, SMALL = 64, 64, 256, 32
 Turn = Callable[[int], list[float]]
@@ -67,7 +69,7 @@ def theirs(model: str, pairs: Path, precision: str, batch: int, microbatch: int 
     return encoder, data, loss, precision, batch
 
 
-def trained(parts: Any, steps: int, seen: list[float]) -> Any:
+def trained(parts: Any, steps: int, seen: list[float], seed: int = 0) -> Any:
     """Let their trainer do so many steps, and put the time of each step's end into `seen`."""
     import sentence_transformers as st
     from transformers import TrainerCallback
@@ -81,6 +83,7 @@ def trained(parts: Any, steps: int, seen: list[float]) -> Any:
         how = st.SentenceTransformerTrainingArguments(
             output_dir=folder,
             max_steps=steps,
+            seed=seed,  # of the data's order
             per_device_train_batch_size=batch,
             learning_rate=2e-5,
             lr_scheduler_type="constant",
@@ -100,16 +103,18 @@ def trained(parts: Any, steps: int, seen: list[float]) -> Any:
 
 
 def in_turns(turns: dict[str, Turn], rounds: int, steps: int) -> dict[str, float]:
-    """The median seconds of a step of each, without the first round."""
+    """The mean seconds of a step of each, without the first round."""
     found: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds):
         for name, turn in turns.items():
             found[name] += turn(steps) if number else turn(steps)[:0]
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {name: statistics.fmean(seconds) for name, seconds in found.items()}
 
 
 def speed(model: str, pairs: Path, precision: str, rounds: int, steps: int) -> dict[str, float]:
     it, parts = ours(model, pairs, precision, ROWS, None), theirs(model, pairs, precision, ROWS, None)
+
+    seeds = itertools.count()
 
     def us(count: int) -> list[float]:
         ends = [time.perf_counter()]
@@ -120,7 +125,7 @@ def speed(model: str, pairs: Path, precision: str, rounds: int, steps: int) -> d
 
     def them(count: int) -> list[float]:
         ends: list[float] = []
-        trained(parts, count + 1, ends)  # the first begins when the trainer has been made
+        trained(parts, count + 1, ends, next(seeds))  # the first begins when the trainer has been made
         return [b - a for a, b in itertools.pairwise(ends)]
 
     return in_turns({"trainkit": us, "sentence-transformers": them}, rounds, steps)
@@ -149,6 +154,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed()  # for both: they share a process
     found: dict[str, Any] = {}
     if given.memory:
         found = memory(given.model, given.pairs)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -169,6 +170,28 @@ def when(condition: object, *numbers: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
 
+def test_a_rank_stops_when_its_torchrun_is_killed() -> None:
+    rank = """
+import pathlib, time
+from trainkit import signals
+signals.leave_at_once()
+with signals.Signals(note=print):
+    pathlib.Path("ready").write_text("one")
+    time.sleep(30)
+"""
+    starter = f"import subprocess, sys; print(subprocess.run([sys.executable, '-c', {rank!r}]))"
+    torchrun = subprocess.Popen([sys.executable, "-c", starter], env={**os.environ, "TORCHELASTIC_RUN_ID": "x"})
+    while not Path("ready").exists():
+        time.sleep(0.02)
+    (pid,) = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    torchrun.kill()
+    torchrun.wait()
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def launched(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "trainkit", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -186,7 +209,7 @@ def test_a_run_on_two_ranks_is_started_stopped_and_resumed() -> None:
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate()
     assert (run.returncode, err) == (75, "")
-    assert out.count("mesh: dp_shard 2") == 1
+    assert out.count("mesh: dp_shard 2: 2 ranks\n") == 1
     assert out.count("run: a, 4000 steps") == 1
     assert out.count("trainkit resume a\n") == 1
     log = Path("runs/a/logs/rank-1.log").read_text()
@@ -198,3 +221,18 @@ def test_a_run_on_two_ranks_is_started_stopped_and_resumed() -> None:
     assert f"run: a, step {step} to {step + 2}" in out
     lines = [json.loads(line)["step"] for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(1, step + 3))
+
+
+def test_who_has_the_address_keeps_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not agent._is_free_here("127.0.0.1", port)
+    assert agent._is_free_here("127.0.0.1", port)
+    assert not agent._is_free_here("192.0.2.1", port)  # of documentation: nobody's
+    assert not agent._is_free_here("no.such.host.invalid", port)
+    monkeypatch.setattr(agent, "JOIN_S", 0.0)
+    found = Launch(nproc=1, nodes=(2, 2), rendezvous=f"no.such.host.invalid:{port}")
+    with pytest.raises(ConnectionError, match=rf"nobody answers at rendezvous=no.such.host.invalid:{port}"):
+        agent.ended(found, 1, "x", Path("runs/x"), ("/bin/true",))

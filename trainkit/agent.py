@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from trainkit import hardware, logs
@@ -31,6 +32,8 @@ from trainkit.torchrun import Launch
 FINAL = (MISTAKE, DIVERGED, DAMAGED, STOPPED)  # after which another start would only meet the same, or is not wanted
 LEFT_AT_ONCE = 130
 LOOK_S = 0.1
+PROGRAM = (sys.executable, "-u", "-m", "trainkit")
+JOIN_S = 600.0  # for the machine that keeps the rendezvous
 MEET_S = 5.0  # in which ranks have been started, if no other machine is waited for
 
 
@@ -45,7 +48,7 @@ def start(launch: Launch, run: Run, folder: Path, command: Sequence[str]) -> int
         run.parallel.sizes(nproc * launch.nodes[1])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    return ended(launch, nproc, run.name, folder, (sys.executable, "-u", "-m", "trainkit", *command))
+    return ended(launch, nproc, run.name, folder, (*PROGRAM, *command))
 
 
 def ended(launch: Launch, nproc: int, name: str, folder: Path, command: Sequence[str]) -> int:
@@ -101,6 +104,8 @@ class Agent(LocalElasticAgent):
                 if len(self._asked) > 1 and self._at_once:
                     self._send(signal.SIGKILL)
                     return LEFT_AT_ONCE
+        if isinstance(self._error, RendezvousError):
+            raise ConnectionError(f"the other machines are gone: {self._error}") from self._error
         if self._error is not None:
             raise self._error
         return self._code()
@@ -108,11 +113,10 @@ class Agent(LocalElasticAgent):
     def _work(self) -> None:
         try:
             self._result = self.run()
-        except BaseException as error:
-            self._error = error
-        finally:
             if not (self._asked and STOPPED not in self._final):  # else others go on, and may be joined again
                 self._worker_group.spec.rdzv_handler.shutdown()
+        except BaseException as error:
+            self._error = error
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         by_themselves = {worker.global_rank for worker in worker_group.workers if _has_ended(worker.id)}
@@ -135,10 +139,7 @@ class Agent(LocalElasticAgent):
     def _code(self) -> int:
         if self._result is None or not self._result.is_failed():
             return DONE
-        if self._asked and set(self._codes) <= {
-            STOPPED,
-            -signal.SIGTERM,
-        }:  # the signal's: Python had not come as far yet
+        if self._asked and set(self._codes) <= {STOPPED, -signal.SIGTERM}:  # or had not come as far as a handler
             return STOPPED
         return next((code for code in self._codes if code in FINAL), FAILED)
 
@@ -176,12 +177,35 @@ def _has_ended(pid: Any) -> bool:
 
 
 def _meeting(parameters: RendezvousParameters) -> Any:
+    """Where machines meet. The one whose address it is keeps it; the others wait for that one to come."""
+    host, _, port = parameters.endpoint.rpartition(":")
+    keeps, end = _is_free_here(host, int(port)), time.monotonic() + JOIN_S
+    while True:
+        parameters.config["is_host"] = (
+            keeps  # torch would look at this machine's name, which need not lead to its address
+        )
+        try:
+            return get_rendezvous_handler(parameters)
+        except RendezvousConnectionError as error:
+            if not keeps and time.monotonic() > end:
+                raise ConnectionError(
+                    f"nobody answers at rendezvous={parameters.endpoint}: it has to be the address of one of these machines, "
+                    f"and its port open"
+                ) from error
+            keeps = False  # another process of this machine was faster
+            time.sleep(LOOK_S)
+
+
+def _is_free_here(host: str, port: int) -> bool:
+    """Whether that is an address of this machine, and nobody has the port yet."""
     try:
-        return get_rendezvous_handler(parameters)
-    except RendezvousConnectionError as error:
-        raise ConnectionError(
-            f"nobody answers at rendezvous={parameters.endpoint}: is that one of these machines, and is its port free and open?"
-        ) from error
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as it:
+            it.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            it.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def _lost(codes: Mapping[int, int], folder: Path, since: float) -> list[str]:

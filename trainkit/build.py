@@ -111,6 +111,8 @@ def trainer(
             yield made
     except BaseException as raised:
         error = raised
+        if lost := joined.lost(raised):
+            raise lost from raised
         raise
     finally:
         if joined.first:
@@ -178,7 +180,7 @@ def _trainer(
         evaluation=run.evaluation,
         guard=run.guard,
         signals=signals,
-        watchdog=Watchdog(folder, joined.rank, run.guard.hang_s),
+        watchdog=Watchdog(folder, joined.rank, run.guard.hang_s, joined.absent),
         meter=Meter(
             tokens_per_step=it.loader.tokens_per_step,
             flops_per_token=run.model.flops_per_token(run.data.length, head=run.task.head),

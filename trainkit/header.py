@@ -26,7 +26,7 @@ def header(run: Run, trainer: Trainer, corpus: Any, mirror: Mirror | None) -> di
         "data": f"{corpus.name}: {human_count(corpus.train_tokens)} tokens to learn from, "
         f"{human_count(corpus.validation_tokens)} held out, tokenizer {corpus.tokenizer.name}",
         "device": f"{hardware.name(device)}, {peak}",
-        **({"mesh": str(it.ranks.sizes)} if it.ranks.size > 1 else {}),
+        **({"mesh": f"{it.ranks.sizes}: {it.ranks.size} ranks"} if it.ranks.size > 1 else {}),
         "batch": f"{micro} rows × {accumulated} accumulated × {ways} {_of(it, ways)} = {run.data.batch} "
         f"rows of {run.data.length}: {human_count(meter.tokens_per_step)} tokens a step, "
         f"{run.data.batch * run.steps / _samples(it):.1f} epochs",

@@ -5,8 +5,10 @@ text, loading, compiling. Later it sets a flag, which has to be looked at wherev
 """
 
 import atexit
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 import urllib.error
@@ -20,6 +22,7 @@ from trainkit.errors import STOPPED
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 SAVING = signal.SIGUSR1
 POLL_S = 5.0
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal for the end of the parent
 COMPILERS = ("torch._dynamo", "torch._inductor")
 
 
@@ -103,8 +106,11 @@ def _compiling(frame: FrameType | None) -> bool:
 
 def leave_at_once() -> None:
     """Until a `Signals` takes over, a SIGTERM ends the process with 75: a wrapper can tell it from a failure. While Python
-    takes itself down, which forgets handlers, it does nothing: all is done by then, and the exit code says how."""
+    takes itself down, which forgets handlers, it does nothing: all is done by then, and the exit code says how. The end of
+    the torchrun that started this process is such a SIGTERM."""
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(STOPPED))
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # else ranks would outlive it, and keep the run
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 

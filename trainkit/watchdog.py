@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -25,11 +25,12 @@ class Watchdog:
     """`beat` says that a step is done. `patience_s` holds until enough steps are known, and for whatever is no step.
 
     A thread of Python looks at the clock, so a hung thread must not hold the interpreter's lock; waiting for another
-    rank, for a disk or for a GPU does not. A process that was suspended and goes on is not hung.
+    rank, for a disk or for a GPU does not. A process that was suspended and goes on is not hung. `absent` says which other
+    ranks do not answer.
     """
 
-    def __init__(self, folder: Path, rank: int, patience_s: float | None) -> None:
-        self._folder, self._rank, self._patience = folder, rank, patience_s
+    def __init__(self, folder: Path, rank: int, patience_s: float | None, absent: Callable[[], str] = str) -> None:
+        self._folder, self._rank, self._patience, self._absent = folder, rank, patience_s, absent
         self._stacks = folder / f"stacks-rank-{rank}.txt"
         self._seconds: deque[float] = deque(maxlen=200)
         self._step, self._phase = 0, "starting"
@@ -103,12 +104,14 @@ class Watchdog:
             partial.replace(self._folder / HEARTBEAT)
 
     def _give_up(self, now: float) -> None:
+        with self._stacks.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        others = self._absent()
         print(
             f"trainkit: rank {self._rank} has been in the {self._phase} after step {self._step} for "
-            f"{now - self._last:.0f} s and is taken for hung: stacks of its threads are in {self._stacks}",
+            f"{now - self._last:.0f} s and is taken for hung{', and ' if others else ''}{others}: "
+            f"stacks of its threads are in {self._stacks}",
             file=sys.stderr,
             flush=True,
         )
-        with self._stacks.open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
         os._exit(FAILED)

@@ -24,6 +24,7 @@ MESHES = {
         "parallel=fsdp parallel.reshard=2",
         "parallel=fsdp parallel.tp=2",
         "parallel=fsdp parallel.cp=2",
+        "parallel=hsdp parallel.cp=2",
         "parallel=fsdp parallel.pp=2",
         "parallel=fsdp parallel.pp=2 parallel.schedule=interleaved",
         "parallel=ddp parallel.tp=2",

@@ -171,3 +171,10 @@ def test_the_documents_table_is_that_of_the_code() -> None:
     ]
     assert rows == [f"| `{words}` | {', '.join(f'`{axis}`' for axis in axes)} |" for axes, words, _, _ in REFUSED]
     assert f"trains {sum(map(len, MESHES.values()))} meshes" in text
+
+
+def test_groups_that_come_and_go_are_refused_by_name() -> None:
+    with pytest.raises(
+        UserError, match=r"parallel.replicas would make what is learned depend on who was there.*nodes=1:2"
+    ):
+        runs.composed([*SMALL, "name=x", "parallel=ddp", "parallel.replicas=2"])

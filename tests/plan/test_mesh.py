@@ -104,6 +104,11 @@ def test_thousands_of_ranks_in_every_way_at_once() -> None:
     assert sum(found.by_category.values()) == found.peaks["training"]
 
 
+def test_a_model_that_begins_without_memory_takes_none_of_the_hosts() -> None:
+    found = planned(8, "parallel=fsdp", "model.width=256", "checkpoint.asynchronous=false")
+    assert found.host_bytes < 4 * found.parameters / 2
+
+
 def test_who_takes_most_is_looked_at() -> None:
     sizes = Sizes(pp=2, dp_shard=2, cp=2, tp=2)
     assert looked_at(sizes) == [2, 10]

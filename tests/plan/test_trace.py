@@ -103,10 +103,21 @@ def test_work_counts_every_microbatch_and_one_update() -> None:
     assert each[0]["seconds", "update"] == pytest.approx(each[2]["seconds", "update"], rel=0.01)
 
 
-def test_what_offloaded_activations_free_is_not_counted_on() -> None:
-    ways = (["memory=baseline"], ["memory=offload_activations", "memory.offload_activations.above_mb=0.001"])
-    at_home, away = (planned("model.depth=4", *how, card=H100) for how in ways)
-    assert away.peaks == at_home.peaks
+def test_activations_that_are_offloaded_lie_on_the_host() -> None:
+    small = "memory.offload_activations.above_mb=0.001"
+    ways = (["memory=baseline"], ["memory=offload_activations", small])
+    (few, away_few), (many, away_many) = (
+        [planned(f"model.depth={depth}", "data.batch=8", *how, card=H100) for how in ways] for depth in (4, 8)
+    )
+    of_blocks = many.peaks["training"] - few.peaks["training"]  # of four more, with their parameters and states
+    parameters = 4 * (many.parameters - few.parameters)
+    gradients_too = (
+        away_many.peaks["training"] - away_few.peaks["training"]
+    )  # which are there when the peak is at the end
+    assert gradients_too == pytest.approx(4 * parameters, rel=0.05)
+    moved = (away_many.moved_bytes - away_few.moved_bytes) / 2  # there and back
+    assert moved == pytest.approx(of_blocks - 3 * parameters, rel=0.15)
+    assert away_many.host_bytes - many.host_bytes == pytest.approx(away_many.moved_bytes / 2, rel=0.05)
 
 
 def test_what_cannot_be_traced_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

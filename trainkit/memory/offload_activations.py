@@ -95,7 +95,7 @@ class Traffic:
         return run
 
     def _pack(self, tensor: Tensor, load: "Load", stay: set[int]) -> "Tensor | Saved":
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        if not _plain(tensor):
             return tensor
         storage = tensor.untyped_storage()
         if storage.nbytes() <= self._above or storage._cdata in stay:
@@ -115,9 +115,7 @@ class Traffic:
         self._bring(load)
         if load.before is not None:
             self._bring(load.before)
-        storage = saved.parcel.arrived(self._lanes)
-        whole = torch.empty(0, dtype=saved.dtype, device=storage.device)
-        return whole.set_(storage, saved.offset, saved.size, saved.stride)
+        return _looked_at(saved.parcel.arrived(self._lanes), saved)
 
     def _bring(self, load: "Load") -> None:
         """Begin to bring back all that is still needed of a block, once."""
@@ -161,6 +159,16 @@ class Saved(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a storage is all that there is to a tensor."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+
+
+def _looked_at(storage: UntypedStorage, saved: Saved) -> Tensor:
+    whole = torch.empty(0, dtype=saved.dtype, device=storage.device)
+    return whole.set_(storage, saved.offset, saved.size, saved.stride)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

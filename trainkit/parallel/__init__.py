@@ -17,9 +17,14 @@ from trainkit.parallel.meeting import TIMEOUT, agree, differing, meeting
 from trainkit.parallel.pace import straggler
 from trainkit.parallel.pipeline import SEVERAL, SPLIT, Schedule
 from trainkit.parallel.ranks import Ranks
+from trainkit.parallel.roll import Roll
 from trainkit.parallel.sizes import AXES, OWN, Shape, Sizes, refuse, sizes
 
 Size = Annotated[int, Ge(-1)]
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}  # of NCCL: what each rank waits for
 TRIED = ("causal_lm", "mlm", "embedding")  # tasks, of which `together` says what they cannot
 
 __all__ = ["ElsewhereError", "Group", "LostRankError", "Parallel", "Ranks", "Shape", "Sizes", "differing", "straggler"]
@@ -38,7 +43,8 @@ class Parallel:
 
     `schedule` is that of a pipeline: gpipe, 1f1b, interleaved, zero_bubble or zbv. `reshard`: whether slices of a block are
     let go of after its forward (or a number of ranks that keep them between them). `prefetch`: how many blocks ahead are put
-    together (null: as FSDP2 sees fit). `device`: auto (CUDA where there is one), cpu, cuda or cuda:N.
+    together (null: as FSDP2 sees fit). `device`: auto (CUDA where there is one), cpu, cuda or cuda:N. `replicas`, groups
+    that come and go without a restart, is refused: see docs/parallel.md.
     """
 
     kind: Literal["single", "ddp", "fsdp", "hsdp", "tp", "pp", "cp", "auto"] = "single"
@@ -51,8 +57,14 @@ class Parallel:
     schedule: Schedule = "1f1b"
     reshard: bool | Count = True
     prefetch: Natural | None = None
+    replicas: Count | None = None
 
     def __post_init__(self) -> None:
+        if self.replicas is not None:
+            raise ValueError(
+                "parallel.replicas would make what is learned depend on who was there, and torchft unpickles what other "
+                "machines send: use nodes=1:2 with restarts=, which goes on from the newest checkpoint"
+            )
         given = self.given()
         if zero := [axis for axis, n in given.items() if n == 0]:
             raise ValueError(f"parallel.{zero[0]}=0 is no size: use 1 for none, or -1 for the rest")
@@ -149,6 +161,8 @@ class Parallel:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
+            for name, value in FLIGHT_RECORDER.items():
+                os.environ.setdefault(name, value)
         backend = "nccl" if device.type == "cuda" else "gloo"
         backend = "cpu:gloo,cuda:nccl" if stream and device.type == "cuda" else backend  # norms are summed on the host
         store = meeting()
@@ -158,7 +172,8 @@ class Parallel:
         host, saving = (
             Group(rank, size, dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None) for _ in range(2)
         )
-        return self.lay_out(Ranks(device, rank, size, host, saving), stream=stream)
+        roll = Roll(store, rank, size) if size > 1 else None
+        return self.lay_out(Ranks(device, rank, size, host, saving, roll=roll), stream=stream)
 
     def lay_out(self, ranks: Ranks, *, stream: bool = False) -> Ranks:
         """Ranks that have met, on this mesh."""

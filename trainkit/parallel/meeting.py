@@ -50,14 +50,14 @@ def differing(facts: Sequence[Mapping[str, str]]) -> str | None:
         for rank, of_one in enumerate(facts):
             having[of_one.get(key, "absent")].append(rank)
         if len(having) > 1:
-            said.append(f"{key} is " + ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in having.items()))
+            said.append(f"{key} is " + ", ".join(f"{value} on {in_words(ranks)}" for value, ranks in having.items()))
     if not said:
         return None
     more = f"; and {len(said) - SHOWN} more differences" if len(said) > SHOWN else ""
     return f"the ranks are not the same: {'; '.join(said[:SHOWN])}{more}: start all of them alike"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def in_words(ranks: Sequence[int]) -> str:
     """`rank 2`, or `ranks 0-3, 6`."""
     spans: list[list[int]] = []
     for rank in ranks:

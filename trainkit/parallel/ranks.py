@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainkit.errors import RanOutError
+from trainkit.errors import FAILED, RanOutError
 from trainkit.fingerprint import fingerprint
 from trainkit.parallel.divided import Divided
-from trainkit.parallel.group import Group
+from trainkit.parallel.group import Group, LostRankError
+from trainkit.parallel.meeting import in_words
 from trainkit.parallel.mesh import Mesh
 from trainkit.parallel.pace import Pace, straggler
 from trainkit.parallel.replicate import Replicas
+from trainkit.parallel.roll import Roll
 from trainkit.parallel.sizes import Sizes
 from trainkit.slices import Cut
 
@@ -37,6 +39,7 @@ class Ranks:
     stream: bool = False
     sizes: Sizes | None = None
     how: Any = None
+    roll: Roll | None = None
     pace: Pace = field(init=False)
     replicas: Replicas | None = None
     divided: Divided | None = None  # what ranks of one replica share
@@ -200,8 +203,23 @@ class Ranks:
         """Whether every rank's memory was enough for what they all tried."""
         return self.host.max(int(not fits)) == 0
 
+    def lost(self, error: BaseException) -> LostRankError | None:
+        """Why `error` was raised here, if that is because other ranks are not there any more: which."""
+        if getattr(error, "exit_code", FAILED) != FAILED or not isinstance(error, Exception):
+            return None
+        absent = self.absent()
+        return LostRankError(f"{absent}: killed, or its machine or network is gone") if absent else None
+
+    def absent(self) -> str:
+        """`rank 2 does not answer any more`, in words, or nothing where all do."""
+        missing = self.roll.missing() if self.roll is not None else []
+        does = "does" if len(missing) == 1 else "do"
+        return f"{in_words(missing)} {does} not answer any more" if missing else ""
+
     def leave(self) -> None:
         """Part from the other ranks, when all are done."""
+        if self.roll is not None:
+            self.roll.end()
         if dist.is_initialized():
             if self.size > 1:
                 dist.barrier(group=self.host.process_group)  # gloo may abort a rank whose peers are still busy

@@ -245,7 +245,7 @@ class Live(TorchDispatchMode):
         key, size = storage._cdata, self.device.rounded(storage.nbytes())
         if key in self._blocks:
             return
-        size = 0 if self._unseen else size
+        size = 0 if self._unseen or where(tensor).type == "meta" else size
         here = where(tensor) == self.device.torch
         category = "activations" if torch.is_grad_enabled() and self.phase is None else "temporary"
         block = _Block(size, category, here)

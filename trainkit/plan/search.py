@@ -112,7 +112,7 @@ class Search:
                 break
             run, setting = candidate.run, self._setting
             if run.memory.offload_activations and not self._own.memory.offload_activations:
-                continue  # a plan does not count on what it frees
+                continue  # twice as many sets would be tried
             left.append((most_rows(run, setting), least_bytes(run, setting), least_seconds(run, setting), candidate))
         if any(rows for rows, *_ in left):
             left = [one for one in left if one[0]]

@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from trainkit.memory import offload_activations
+from trainkit.memory.lanes import HostLanes
+from trainkit.memory.offload_activations import Saved
 from trainkit.optimizers import formats, low_bit, rounding
 from trainkit.plan.kernels import Work, where
 from trainkit.plan.live import Live
@@ -41,6 +45,8 @@ def standing_in(live: Live) -> Iterator[None]:
 
             put(ShardingPropagator, _propagate_tensor_meta_non_cached=_of_shapes_alone(live, ShardingPropagator))
         if live.device.cuda:
+            put(HostLanes, serve=lambda self, device: isinstance(self, _Lanes))
+            put(offload_activations, lanes=lambda device: _Lanes(live), _plain=_fake, _looked_at=_of_bytes)
             put(F, scaled_dot_product_attention=_attention, rms_norm=_norm)
             put(rounding, CHUNK=rounding.BUCKET)
             put(loss, BLOCK=None)
@@ -104,6 +110,40 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _Lanes(HostLanes):
+    """As `CudaLanes` does it: what leaves a block is held until the next one is done, and what comes back has new memory."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._leaving: list[list[UntypedStorage]] = []
+        self._block: list[UntypedStorage] = []
+
+    def send(self, storage: UntypedStorage) -> Tensor:
+        self._block.append(storage)
+        self._live.count(Work(moved=storage.nbytes(), beside=True))
+        return torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+
+    def settle(self, keep: int) -> None:
+        if self._block:
+            self._leaving.append(self._block)
+            self._block = []
+        del self._leaving[: max(0, len(self._leaving) - keep)]
+
+    def fetch(self, sent: Tensor) -> Tensor:
+        self._live.count(Work(moved=sent.nbytes, beside=True))
+        return torch.empty(sent.nbytes, dtype=torch.uint8, device=self._live.device.torch)
+
+
+def _fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.layout == torch.strided
+
+
+def _of_bytes(storage: Any, saved: Saved) -> Tensor:
+    """How a saved tensor looks at bytes that came back, which `_Lanes` has as a tensor."""
+    whole: Tensor = storage
+    return whole.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
 
 
 def _of_one_kernel(live: Live, real: Any = low_bit._kernel) -> Callable[..., Callable[..., None]]:
