@@ -80,11 +80,20 @@ def test_a_verb_that_is_none_gets_the_nearest(capsys: pytest.CaptureFixture[str]
     assert "--promt" in err
 
 
-def test_several_processes_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    code, err = said(capsys, "train")
+def test_several_processes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = said(capsys, "train", "nproc=4")
     assert code == 2
     assert "parallel=single trains in one process, but torchrun started 4" in err
+
+
+def test_other_ranks_that_cannot_be_found_are_not_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    code, err = said(capsys, "train")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "WORLD_SIZE=4 says that there are other ranks, and no MASTER_ADDR where" in err
 
 
 def test_a_name_that_is_taken_says_what_differs(capsys: pytest.CaptureFixture[str]) -> None:

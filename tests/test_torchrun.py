@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from tests.conftest import SMALL
+from tests.ranks import free_port
 from trainkit import agent, logs, torchrun
 from trainkit import run as runs
 from trainkit.cli import main
@@ -223,7 +225,7 @@ def test_a_run_on_two_ranks_is_started_stopped_and_resumed() -> None:
     assert lines == list(range(1, step + 3))
 
 
-def test_who_has_the_address_keeps_the_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_the_address_keeps_the_meeting() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -232,7 +234,20 @@ def test_who_has_the_address_keeps_the_meeting(monkeypatch: pytest.MonkeyPatch) 
     assert agent._is_free_here("127.0.0.1", port)
     assert not agent._is_free_here("192.0.2.1", port)  # of documentation: nobody's
     assert not agent._is_free_here("no.such.host.invalid", port)
-    monkeypatch.setattr(agent, "JOIN_S", 0.0)
+
+
+def test_a_meeting_that_nobody_keeps_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch tries for a minute each time; here it does not."""
+
+    def unanswered(parameters: object) -> None:
+        tried.append(parameters)
+        raise RendezvousConnectionError
+
+    tried: list[object] = []
+    port = free_port()
+    monkeypatch.setattr(agent, "get_rendezvous_handler", unanswered)
+    monkeypatch.setattr(agent, "JOIN_S", 0.25)
     found = Launch(nproc=1, nodes=(2, 2), rendezvous=f"no.such.host.invalid:{port}")
     with pytest.raises(ConnectionError, match=rf"nobody answers at rendezvous=no.such.host.invalid:{port}"):
         agent.ended(found, 1, "x", Path("runs/x"), ("/bin/true",))
+    assert len(tried) > 1

@@ -128,7 +128,8 @@ def until(condition: Any, seconds: float = 60) -> bool:
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it starts behind itself
 from trainkit.benchmark import process
 process.CELL = "tests.benchmark.some_cell"
 try:

@@ -117,7 +117,8 @@ def test_activations_that_are_offloaded_lie_on_the_host() -> None:
     assert gradients_too == pytest.approx(4 * parameters, rel=0.05)
     moved = (away_many.moved_bytes - away_few.moved_bytes) / 2  # there and back
     assert moved == pytest.approx(of_blocks - 3 * parameters, rel=0.15)
-    assert away_many.host_bytes - many.host_bytes == pytest.approx(away_many.moved_bytes / 2, rel=0.05)
+    saved = away_many.peaks["saving"]  # a checkpoint's copy, which the host has as well
+    assert away_many.host_bytes - saved == pytest.approx(away_many.moved_bytes / 2, rel=0.01)
 
 
 def test_what_cannot_be_traced_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,17 @@ SHOWN = 3  # differences
 
 def meeting() -> dist.Store:
     """Where ranks leave their addresses. torchrun keeps it over restarts, so every attempt has a place of its own in it:
-    else ranks call addresses of the dead."""
+    else ranks call addresses of the dead.
+
+    Raises:
+        UserError: there are other ranks, and nothing says where.
+    """
     if "MASTER_ADDR" not in os.environ:
+        if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise UserError(
+                f"WORLD_SIZE={size} says that there are other ranks, and no MASTER_ADDR where: use nproc={size}, start with "
+                "torchrun, or unset it"
+            )
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
