@@ -105,6 +105,25 @@ def test_a_disk_that_wants_other_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     written(tmp_path / "file", SIZES[-1])
 
 
+def test_a_disk_that_gives_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read around the cache cannot go on in the middle of a block of the disk either."""
+    real, fcntl, calls = os.readv, files.fcntl.fcntl, [0]
+
+    def little(descriptor: int, views: list[memoryview]) -> int:
+        calls[0] += 1
+        if calls[0] > 1:
+            return real(descriptor, views)
+        flags = fcntl(descriptor, files.fcntl.F_GETFL)
+        files._use_the_cache(descriptor)
+        got = real(descriptor, [views[0][:100]])
+        fcntl(descriptor, files.fcntl.F_SETFL, flags)
+        return got
+
+    monkeypatch.setattr(os, "readv", little)
+    written(tmp_path / "file", SIZES[-1])
+    assert calls[0] > 2
+
+
 def test_a_file_that_became_shorter_is_told(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(content(3 * BLOCK))
