@@ -21,6 +21,7 @@ from trainkit.atomic import sync_folder
 
 _CHUNK = 8 << 20
 ALIGNED = 4096  # bytes; no disk asks for more
+SMALL = 16 * ALIGNED
 _NOREPLACE, _AT_FDCWD = 1, -100
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -40,7 +41,7 @@ class Hashed:
         self._hasher: ThreadPoolExecutor | None = None
         self._hashed: Future[None] | None = None
         self._size = 0
-        self._block = memoryview(mmap.mmap(-1, _CHUNK))  # whose address the disk can read from
+        self._block = _block()
         self._filled = 0
         self._direct = _go_around_the_cache(self._descriptor)
 
@@ -50,10 +51,10 @@ class Hashed:
         self._size += len(view)
         self._hash(view)
         while view:
-            taken = min(len(view), _CHUNK - self._filled)
+            taken = min(len(view), len(self._block) - self._filled)
             self._block[self._filled : self._filled + taken] = view[:taken]
             self._filled, view = self._filled + taken, view[taken:]
-            if self._filled == _CHUNK:
+            if self._filled == len(self._block):
                 self._put()
 
     def close(self) -> dict[str, int | str]:
@@ -148,14 +149,14 @@ class Reading:
 
     def rest(self) -> str:
         """Read what is left, and give the hash of all."""
-        scratch = memoryview(bytearray(min(self._left, _CHUNK)))
+        scratch = _block()
         while self._left:
             self.read_into(scratch[: min(self._left, len(scratch))])
         return self._digest.hexdigest()
 
     def whole(self) -> str:
         """Read all of it, from the disk itself where that can be done, and give the hash."""
-        scratch = memoryview(mmap.mmap(-1, _CHUNK))
+        scratch = _block()
         direct = around = self._left >= _CHUNK and _go_around_the_cache(self._descriptor)
         while direct and self._left:
             try:
@@ -213,6 +214,14 @@ def forget(path: Path) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+def _block() -> memoryview:
+    """Memory whose address the disk can read from and write to; little of it where the process may not have more."""
+    try:
+        return memoryview(mmap.mmap(-1, _CHUNK))
+    except OSError:
+        return memoryview(mmap.mmap(-1, min(_CHUNK, SMALL)))
 
 
 def _go_around_the_cache(descriptor: int) -> bool:
