@@ -1,6 +1,5 @@
 """Real processes that train together, over gloo. They are forked from one that has torch already, so a start is cheap."""
 
-import multiprocessing
 import os
 import socket
 import tempfile
@@ -11,10 +10,7 @@ from typing import Any
 
 import torch
 
-START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(
-    ["trainkit.launch", "trainkit.run", "torch._dynamo", "torch.distributed.fsdp", "tests.conftest"]
-)
+from tests.forked import Process
 
 
 def free_port() -> int:
@@ -28,7 +24,7 @@ def in_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout: floa
     port = free_port()
     with tempfile.TemporaryDirectory() as said:
         ranks = [
-            START.Process(target=_one, args=(work, arguments, rank, size, port, os.getcwd(), dict(os.environ), said))
+            Process(target=_one, args=(work, arguments, rank, size, port, os.getcwd(), dict(os.environ), said))
             for rank in range(size)
         ]
         for process in ranks:

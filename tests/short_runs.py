@@ -2,14 +2,12 @@
 already, so that a start is cheap."""
 
 import json
-import multiprocessing
 import os
 import random
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["trainkit.launch", "trainkit.run", "torch._dynamo"])
+from tests.forked import Process
+
 WORDS = "the quick brown fox jumps over the lazy dog and packs my box with five dozen liquor jugs"
 SMALL = [
     *("data=text", "data.path=corpus.txt", "data.length=32", "data.batch=4", "data.validation=0.2"),
@@ -48,9 +46,9 @@ def train(overrides: list[str], folder: str, said: str = os.devnull) -> None:
         os._exit(code)
 
 
-def begin(overrides: list[str], folder: str, said: str = os.devnull) -> ForkServerProcess:
+def begin(overrides: list[str], folder: str, said: str = os.devnull) -> Process:
     """Start a run in a process of its own group."""
-    process = START.Process(target=train, args=(overrides, folder, said))
+    process = Process(target=train, args=(overrides, folder, said))
     process.start()
     return process
 

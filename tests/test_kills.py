@@ -1,7 +1,6 @@
 """A run that is killed at any moment and resumed ends with bitwise the weights of the run that was left alone."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,11 +12,10 @@ import pytest
 import torch
 
 from tests.conftest import SMALL
+from tests.forked import Process
 from trainkit.checkpoint import find, load
 from trainkit.launch import policy
 
-START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["trainkit.launch", "trainkit.run", "torch._dynamo"])
 STEPS = 60
 TIERS = {
     "tightest": ["checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_best=0"],
@@ -47,7 +45,7 @@ def killed_eight_times(overrides: list[str], name: str, place: Path, seconds: fl
     """Start a run again and again, eight times ended by SIGKILL, and then let it come to its end."""
     kills = 0
     while True:
-        run = START.Process(target=train, args=([*overrides, f"name={name}"], str(place)))
+        run = Process(target=train, args=([*overrides, f"name={name}"], str(place)))
         run.start()
         run.join(draw.uniform(0.1, 0.6) * seconds if kills < 8 else None)
         if run.exitcode is None:
@@ -66,7 +64,7 @@ def killed_eight_times(overrides: list[str], name: str, place: Path, seconds: fl
 def test_thirty_two_kills_change_nothing(tier: str, place: Path) -> None:
     what = [*SMALL, *TIERS[tier], f"steps={STEPS}", "evaluation.sample_tokens=0"]
     begin = time.monotonic()
-    whole = START.Process(target=train, args=([*what, "name=whole"], str(place)))
+    whole = Process(target=train, args=([*what, "name=whole"], str(place)))
     whole.start()
     whole.join()
     assert whole.exitcode == 0

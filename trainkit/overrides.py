@@ -7,6 +7,7 @@ of strategies, a field that no YAML mentions needs no `+`, and a word that does 
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -52,9 +53,8 @@ class Overrides:
             return f"~{key}={value}" if value else f"~{key}"
         if key in self._choices:
             return self._choice(key, value)
-        known = list(_keys(self._run))
         if not _accepts(self._run, key.split(".")):
-            words = {*known, *self._choices}
+            words = {*_keys(self._run), *self._choices}
             close = nearest(key, words)
             shown = close if close.startswith("; did") else "; `trainkit config` shows every key"
             raise UserError(f"'{key}' is not a key of a run{shown}")
@@ -161,6 +161,7 @@ def _classes(hint: Any) -> list[type]:
     return [hint] if is_dataclass(hint) and isinstance(hint, type) else []
 
 
+@cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 

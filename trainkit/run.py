@@ -6,6 +6,7 @@ This is the only module that imports hydra, omegaconf or pydantic.
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,7 +135,7 @@ class Run:
     def yaml(self) -> str:
         """The run as `run.yaml` holds it: without the addresses that are told how it goes, which may hold secrets, and which
         nobody else's run should contact."""
-        tree = {**TypeAdapter(Run).dump_python(self, mode="json"), "notify": []}
+        tree = {**_types().dump_python(self, mode="json"), "notify": []}
         return write_yaml(tree)
 
     def differs(self, other: "Run") -> list[str]:
@@ -270,9 +271,15 @@ def _composed(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
     return tree  # type: ignore[return-value]  # keys are strings
 
 
+@cache
+def _types() -> TypeAdapter[Run]:
+    """What makes a `Run` of a tree; made once, because that takes longer than its use."""
+    return TypeAdapter(Run)
+
+
 def _typed(tree: dict[str, Any]) -> Run:
     try:
-        run = TypeAdapter(Run).validate_python(tree)
+        run = _types().validate_python(tree)
     except ValidationError as error:
         found = error.errors()
         kind = RefusedError if all(e["type"] == "value_error" for e in found) else UserError

@@ -7,7 +7,8 @@ import signal
 import time
 from pathlib import Path
 
-from tests.short_runs import SMALL, START
+from tests.forked import Process
+from tests.short_runs import SMALL
 from trainkit.checkpoint import store
 from trainkit.errors import MISTAKE, STOPPED
 
@@ -47,9 +48,7 @@ def one_round(folder: Path, name: str, draw: random.Random) -> None:
         said = [folder / f"said-{i}" for i in range(STARTERS)]
         for file in said:
             file.unlink(missing_ok=True)
-        starters = [
-            START.Process(target=_start, args=([*LONG, f"name={name}"], str(folder), at, str(file))) for file in said
-        ]
+        starters = [Process(target=_start, args=([*LONG, f"name={name}"], str(folder), at, str(file))) for file in said]
         for it in starters:
             it.start()
         patience = time.monotonic() + PATIENCE_S

@@ -14,34 +14,39 @@ Job = Callable[..., dict[str, Any]]
 
 
 @contextlib.contextmanager
-def saver(shim: Path, place: Path, *, asynchronous: bool) -> Iterator[Job]:
-    """Inside, jobs can be given; the file system whose power may be cut is at `place`/disk."""
-    how = {"LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "ASYNCHRONOUS": str(int(asynchronous))}
+def saver(shim: Path) -> Iterator[Callable[..., Job]]:
+    """Inside, `at(place, asynchronous=)` is what does jobs; the file system whose power may be cut is at `place`/disk."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.checkpoint.faults.saver"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[3],
-        env={**os.environ, **how, "POWER_CUT": str(place / "disk")},
+        env={**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"},
     )
     assert process.stdin is not None
     assert process.stdout is not None
     counter = itertools.count()
 
-    def do(what: dict[str, Any], ranks: int = 1, of: int = 0) -> dict[str, Any]:
-        """What rank `of` answered, and which ranks were killed."""
-        answer, number = place / "answer", next(counter)
-        for old in place.glob("answer.*"):
-            old.unlink()
-        job = {**what, "ranks": ranks, "answer": str(answer), "meeting": str(place / f"meeting-{number}")}
-        process.stdin.write(json.dumps(job) + "\n")  # type: ignore[union-attr]
-        process.stdin.flush()  # type: ignore[union-attr]
-        outcome: dict[str, Any] = json.loads(process.stdout.readline())  # type: ignore[union-attr]
-        said = place / f"answer.{of}"
-        return outcome | (json.loads(said.read_text()) if said.exists() else {})
+    def at(place: Path, *, asynchronous: bool) -> Job:
+        how = {"POWER_CUT": str(place / "disk"), "ASYNCHRONOUS": str(int(asynchronous))}
 
-    yield do
+        def do(what: dict[str, Any], ranks: int = 1, of: int = 0) -> dict[str, Any]:
+            """What rank `of` answered, and which ranks were killed."""
+            answer, number = place / "answer", next(counter)
+            for old in place.glob("answer.*"):
+                old.unlink()
+            meeting = str(place / f"meeting-{number}")
+            job = {**what, "ranks": ranks, "answer": str(answer), "meeting": meeting, "environment": how}
+            process.stdin.write(json.dumps(job) + "\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            outcome: dict[str, Any] = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+            said = place / f"answer.{of}"
+            return outcome | (json.loads(said.read_text()) if said.exists() else {})
+
+        return do
+
+    yield at
     process.stdin.close()
     process.wait()
     process.stdout.close()

@@ -20,7 +20,6 @@ from trainkit.checkpoint import Checkpoint, Checkpointer, SaveFailed, files
 from trainkit.parallel import Group, LostRankError
 
 SHIM = ctypes.CDLL(os.environ["LD_PRELOAD"])
-POLICY = Checkpoint(every=1, keep=2, keep_best=0, asynchronous=bool(int(os.environ["ASYNCHRONOUS"])))
 files._CHUNK = 1 << 17  # so that a file has blocks, and a rest
 FILES = {"run.yaml": b"name: t\n", "tokenizer.json": b"{}"}
 
@@ -35,7 +34,8 @@ def join(rank: int, ranks: int, meeting: str) -> Group:
 
 
 def checkpointer(folder: str, group: Group) -> Checkpointer:
-    return POLICY.build(Path(folder), higher_is_better=False, versions={"trainkit": "test"}, host=group, saving=group)
+    policy = Checkpoint(every=1, keep=2, keep_best=0, asynchronous=bool(int(os.environ["ASYNCHRONOUS"])))
+    return policy.build(Path(folder), higher_is_better=False, versions={"trainkit": "test"}, host=group, saving=group)
 
 
 def content(step: int) -> dict[str, torch.Tensor]:
@@ -97,6 +97,7 @@ def resume(group: Group, folder: str) -> dict[str, object]:
 
 def child(rank: int, job: dict[str, Any]) -> None:
     """Do a job on one rank, and leave."""
+    os.environ.update(job["environment"])
     try:
         group = join(rank, job["ranks"], job["meeting"])
         result = begin(group, **job["begin"]) if "begin" in job else resume(group, **job["resume"])
