@@ -1,7 +1,9 @@
 """Every test in a folder of its own, with a cache of its own; `learn` trains a small run in this process."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from trainkit import build
 from trainkit import run as runs
 from trainkit.learner import Learner
 from trainkit.trainer import Trainer
+
+if TYPE_CHECKING:
+    from tests.rank_server import Server
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "
 SMALL = [
@@ -30,9 +35,24 @@ SMALL = [
 ]
 
 
+def pytest_collection_finish() -> None:
+    """What was imported by now stays, and no garbage collection need look at its million objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    """`server.program` is trainkit, forked from a process that has torch already: a start costs next to nothing."""
+    from tests.rank_server import Server
+
+    with Server(tmp_path_factory.mktemp("server")) as it:
+        yield it
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 STUB = ROOT / "tests" / "rank_stub.py"
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server:
-    """Inside `with`, `start(...)` is `trainkit WORDS...` in `folder`, and the file `program` is trainkit for a script.
+    """Inside `with`, `start(...)` is `trainkit WORDS...`, and the file `program` in `folder` is trainkit for a script.
     `inside` goes before the process: the words that bring it into a namespace."""
 
     def __init__(self, folder: Path, name: str = "server", inside: tuple[str, ...] = ()) -> None:
@@ -49,11 +50,11 @@ class Server:
         self._socket.unlink()
 
     def start(self, words: list[str], said: Path) -> subprocess.Popen[bytes]:
-        """What it prints is added to the file `said`, by whose name `kill_all` knows it."""
+        """In the folder of the file `said`, to which is added what it prints, and by whose name `kill_all` knows it."""
         environment = {**os.environ, "DRILL": str(said)}
         with said.open("ab") as out:
             return subprocess.Popen(
-                [str(self.program), *words], cwd=self._folder, stdout=out, stderr=out, env=environment
+                [str(self.program), *words], cwd=said.parent, stdout=out, stderr=out, env=environment
             )
 
 
@@ -67,9 +68,11 @@ def kill_all(said: Path) -> None:
 
 def work(job: dict[str, Any], descriptors: list[int]) -> None:
     """In a child: be what was asked for."""
-    from trainkit import agent
+    from trainkit import agent, signals
     from trainkit.cli import main
 
+    signals.leave_at_once()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     os.setsid()
     for number, descriptor in zip((1, 2), descriptors, strict=True):
         os.dup2(descriptor, number)
@@ -93,10 +96,12 @@ def serve(link: socket.socket, listener: socket.socket) -> None:
     text, descriptors, _, _ = socket.recv_fds(link, 1 << 20, 2)
     while not text.endswith(b"\n"):
         text += link.recv(1 << 20)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the child can answer them as trainkit does
     if (pid := os.fork()) == 0:
         listener.close()
         link.close()
         work(json.loads(text), list(descriptors))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     for descriptor in descriptors:
         os.close(descriptor)
     threading.Thread(target=look_after, args=(pid, link), daemon=True).start()
@@ -116,14 +121,9 @@ def look_after(pid: int, link: socket.socket) -> None:
 
 
 def main() -> None:
-    import torch
-    import torch._dynamo
-    import torch.distributed.fsdp
+    import tests.warm  # noqa: F401  # so that children have it
+    import trainkit.agent  # noqa: F401
 
-    import trainkit.agent
-    import trainkit.launch  # noqa: F401  # so that children have them
-
-    torch.set_num_threads(1)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(sys.argv[1])
         listener.listen(64)

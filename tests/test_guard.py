@@ -258,17 +258,18 @@ def test_patience_is_learned_from_steps(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_suspended_process_is_not_hung() -> None:
     code = (
-        "import time; from pathlib import Path; from trainkit.watchdog import Watchdog\n"
-        "with Watchdog(Path('run'), 0, 3.0) as dog:\n"
+        "import time; from pathlib import Path; from trainkit import watchdog\n"
+        "watchdog.SUSPENDED_S = 2.0\n"
+        "with watchdog.Watchdog(Path('run'), 0, 2.0) as dog:\n"
         "    print('go', flush=True)\n"
-        "    for step in range(40): dog.beat(step); time.sleep(0.1)\n"
+        "    for step in range(30): dog.beat(step); time.sleep(0.1)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert run.stdout is not None
     run.stdout.readline()
-    time.sleep(1.5)
+    time.sleep(1.2)
     os.kill(run.pid, signal.SIGSTOP)
-    time.sleep(7)
+    time.sleep(3.5)
     os.kill(run.pid, signal.SIGCONT)
     assert run.wait(30) == 0
     run.stdout.close()

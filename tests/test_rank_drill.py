@@ -12,8 +12,7 @@ from tests.rank_server import Server
 
 
 @pytest.mark.timeout(900)
-def test_a_killed_rank_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
-    with Server(tmp_path) as server:
-        drills = Drills(server, tmp_path, random.Random(0))
-        drills.whole("whole", 2, "parallel=ddp")
-        assert drills.kill_a_rank("killed", "whole", 2, "parallel=ddp") is None
+def test_a_killed_rank_is_named_and_nothing_is_lost(server: Server, tmp_path: Path) -> None:
+    drills = Drills(server, tmp_path, random.Random(0))
+    drills.whole("whole", 2, "parallel=ddp")
+    assert drills.kill_a_rank("killed", "whole", 2, "parallel=ddp") is None

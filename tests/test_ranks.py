@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import SMALL
+from tests.forked import Process
+from tests.rank_server import Server
 from tests.ranks import in_ranks
 from trainkit import build, launch
 from trainkit import run as runs
@@ -19,7 +21,7 @@ from trainkit.errors import UserError
 from trainkit.parallel import ElsewhereError, Parallel, straggler
 from trainkit.trainer import Trainer
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainkit"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def words() -> None:
@@ -90,27 +92,28 @@ def test_all_stop_at_the_step_at_which_one_is_asked() -> None:
     assert load(find.resolve("s", Path("runs"), launch.policy)).step == 5
 
 
-def trains(*words: str, **environment: str) -> subprocess.Popen[str]:
+def trains(server: Server, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
+    """Under torch's own torchrun; its ranks are forked."""
     return subprocess.Popen(
-        [*TORCHRUN, "train", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        [*TORCHRUN, f"--max-restarts={restarts}", "--no-python", str(server.program), "train", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
+def train(*words: str) -> None:
+    run = runs.composed([*words])
+    with build.trainer(run, Path("runs") / run.name) as trainer:
+        trainer.fit()
+
+
 @pytest.mark.timeout(600)
-def test_a_killed_rank_is_restarted_by_torchrun_and_nothing_is_lost() -> None:
+def test_a_killed_rank_is_restarted_by_torchrun_and_nothing_is_lost(server: Server) -> None:
     what = [*SMALL, "parallel=ddp", "steps=40", "checkpoint.every=5"]
-    whole = trains(*what, "name=whole")
-    said = whole.communicate()[0]
-    assert whole.returncode == 0, said
-    TORCHRUN.insert(3, "--max-restarts=2")
-    try:
-        killed = trains(*what, "name=killed")
-    finally:
-        TORCHRUN.remove("--max-restarts=2")
+    in_ranks(2, train, *what, "name=whole")
+    killed = trains(server, *what, "name=killed", restarts=2)
     checkpoints = Path("runs/killed/checkpoints")
     while not checkpoints.exists() or not list(checkpoints.glob("step-*")):
         time.sleep(0.05)
@@ -119,30 +122,39 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_nothing_is_lost() -> None:
     os.kill(int(ranks[1]), signal.SIGKILL)
     said = killed.communicate()[0]
     assert killed.returncode == 0, said
+    assert "rank 1 does not answer any more" in said
     ours, theirs = (load(find.resolve(name, Path("runs"), launch.policy)).tensors for name in ("killed", "whole"))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 @pytest.mark.timeout(600)
-def test_a_mistake_under_torchrun_is_said_once() -> None:
-    run = trains(*SMALL, "parallel=ddp", "data.batch=5", "name=x")
+def test_a_mistake_under_torchrun_is_said_once(server: Server) -> None:
+    run = trains(server, *SMALL, "parallel=ddp", "data.batch=5", "name=x")
     said = run.communicate()[0]
     assert run.returncode != 0
     assert said.count("trainkit: data.batch=5 rows do not divide over 2 ranks") == 1, said
     assert "Traceback" not in said.split("torch/distributed")[0]
 
 
-def measured(*words: str) -> int:
-    code = (
-        "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
-        "from trainkit import build; from trainkit import run as runs\n"
-        "run = runs.composed(sys.argv[1:])\n"
-        "with build.trainer(run, Path('runs') / run.name) as trainer: trainer.fit()\n"
-        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1]) << 10
+def resident(which: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0]) << 10
+
+
+def measured(words: list[str], said: str, folder: str) -> None:
+    os.chdir(folder)
+    before = resident("VmRSS")
+    train(*words)
+    Path(said).write_text(str(resident("VmHWM") - before))
+    os._exit(0)
+
+
+def most(*words: str) -> int:
+    """Bytes that a run takes in a process of its own, beside what the process has before it."""
+    process = Process(target=measured, args=(list(words), "said", os.getcwd()))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return int(Path("said").read_text())
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
@@ -150,7 +162,7 @@ def test_resuming_takes_no_more_memory_than_training(asynchronous: str) -> None:
     what = [*SMALL, "name=m", "model.width=512", "model.depth=6", "model.vocab=8192", "memory.microbatch=1"]
     what += [f"checkpoint.asynchronous={asynchronous}", "evaluation.sample_tokens=0"]
     state = 12 * (8192 * 512 + 6 * 12 * 512 * 512)
-    trained = measured(*what, "stop_at=3")
-    resumed = measured(*what, "stop_at=5")
-    assert trained > 2 * state  # so that it is the state that is measured
+    trained = most(*what, "stop_at=3")
+    resumed = most(*what, "stop_at=5")
+    assert state < trained < 4 * state  # so that it is the state that is measured
     assert resumed < trained + 0.1 * state  # a copy of the weights alone would be a third

@@ -1,6 +1,8 @@
 """Imported once, before processes are forked that all would do this: what training imports when it gets to it, the first
 composition, the speed of matrix products."""
 
+import gc
+
 import torch
 import torch._dynamo
 import torch.distributed.checkpoint
@@ -19,3 +21,5 @@ torch.set_num_threads(1)  # more would not be there in a forked process
 runs.composed([*tests.conftest.SMALL, "name=t"]).yaml()
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
     hardware.peak_flops(torch.device("cpu"), dtype)
+gc.collect()
+gc.freeze()  # so that no garbage collection in a forked process looks at all of it, and copies it

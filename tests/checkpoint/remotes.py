@@ -72,7 +72,9 @@ class Server:
 
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
+        from werkzeug.serving import BaseWSGIServer
 
+        BaseWSGIServer.serve_forever.__defaults__ = (0.02,)  # within which it notices that it is to stop; 0.5 by itself
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._make = ThreadedMotoServer
         self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

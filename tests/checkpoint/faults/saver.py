@@ -5,6 +5,7 @@ acknowledged) or `resume` (load the newest, save step 4, and say what was loaded
 """
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -109,6 +110,8 @@ def child(rank: int, job: dict[str, Any]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # so that no child looks at all that was imported, and copies it
     for line in sys.stdin:
         job = json.loads(line)
         children = []

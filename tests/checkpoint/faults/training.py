@@ -152,13 +152,8 @@ def serve(job: dict[str, Any]) -> Outcome:
 
 
 def main() -> None:
-    import torch
-    import torch._dynamo
+    import tests.warm  # noqa: F401  # so that children have it
 
-    import trainkit.launch
-    import trainkit.run  # noqa: F401  # so that children have them
-
-    torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line)).__dict__), flush=True)
 
