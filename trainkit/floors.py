@@ -41,9 +41,7 @@ def said(it: Learner, corpus: PairCorpus) -> str | None:
     overlap = idf_overlap(corpus)
     if overlap is None:
         return None
-    return (
-        f"floors (Spearman × 100): untrained {untrained(it)['val_spearman']:.1f}, overlap of words by IDF {overlap:.1f}"
-    )
+    return f"floors (Spearman × 100): as it begins {untrained(it)['val_spearman']:.1f}, overlap of words by IDF {overlap:.1f}"
 
 
 def _texts(part: Part) -> list[tuple[NDArray[Any], ...]]:
