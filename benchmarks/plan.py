@@ -164,13 +164,15 @@ def compared(said: dict[str, int], found: dict[str, int]) -> tuple[list[float], 
     return list(off.values()), " | ".join(both)
 
 
-def report(rows: list[str], errors: list[float], phases: tuple[str, ...], page: Path | None, mark: str) -> None:
-    """Say how near it came, and put the table between a page's marks."""
+def report(
+    rows: list[str], errors: list[float], phases: tuple[str, ...], page: Path | None, mark: str, first: str = ""
+) -> None:
+    """Say how near it came, and put the table, whose first column is named so, between a page's marks."""
     worst, mean = max(map(abs, errors)), statistics.mean(map(abs, errors))
     summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {worst:.2%}, mean {mean:.2%}"
     print(summary)
     if page:
-        head = "| | overrides | " + " | ".join(phases) + " |\n|---|---|" + "---|" * len(phases)
+        head = f"| {first} | overrides | " + " | ".join(phases) + " |\n|---|---|" + "---|" * len(phases)
         before, _, rest = page.read_text().partition(f"<!-- {mark} -->")
         _, _, after = rest.partition(f"<!-- end {mark} -->")
         table = "\n".join([summary, "", head, *rows])

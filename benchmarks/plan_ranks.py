@@ -108,7 +108,7 @@ def main() -> None:
             errors += off
             rows.append(f"| {ranks} | `{words}` | {row} |")
             print(rows[-1], flush=True)
-    report(rows, errors, PHASES, given.out, "ranks")
+    report(rows, errors, PHASES, given.out, "ranks", first="ranks")
 
 
 if __name__ == "__main__":

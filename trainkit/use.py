@@ -68,11 +68,12 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
 def _with_its_tokenizer(run: Run, own: Run, overrides: list[str], checkpoint: Path) -> Run:
     """`run` on its data, which is read with the checkpoint's tokenizer unless a person names another one."""
     named = any(word.lstrip("+~").startswith("data.tokenizer") for word in overrides)
-    if hasattr(run.data, "tokenizer") and run.data != own.data and not named:
+    data: Any = run.data
+    if hasattr(data, "tokenizer") and data != own.data and not named:
         tokenizer = getattr(own.data, "tokenizer", None)
         if tokenizer is None or tokenizer.kind in LEARNED:  # it is what the checkpoint carries
             tokenizer = TokenizerConfig(kind="file", path=str(checkpoint / "tokenizer.json"))
-        run = replace(run, data=replace(run.data, tokenizer=tokenizer))
+        run = replace(run, data=replace(data, tokenizer=tokenizer))
     return starts.with_kept_tokenizer(run, [checkpoint])
 
 
