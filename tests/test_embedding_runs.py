@@ -150,6 +150,17 @@ def test_vectors_of_lines_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch
         written(width=9)
 
 
+def test_the_floor_before_learning_is_of_as_many_batches_as_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runs.composed([*SMALL, *SCORED, "task.loss=cosent", "data.batch=2", "name=t"])
+    corpus = run.data.open()
+    it = build.learner(run, corpus, build.ranks(run))
+    monkeypatch.setattr(it, "evaluate", lambda batches, stop: {"val_spearman": len(list(batches))})
+    whole = len(list(it.loader.validation()))
+    assert whole > 1
+    assert "as it begins 1.0," in str(floors.said(it, corpus, 1))
+    assert f"as it begins {whole}.0," in str(floors.said(it, corpus, None))
+
+
 def test_an_evaluation_stands_beside_its_floors(capsys: pytest.CaptureFixture[str]) -> None:
     trainer, _ = fit("steps=4", "evaluation.every=4", name="a")
     capsys.readouterr()
