@@ -15,7 +15,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from tests.conftest import SMALL
 from tests.ranks import free_port
-from trainkit import agent, logs, torchrun
+from trainkit import agent, logs, rendezvous, torchrun
 from trainkit import run as runs
 from trainkit.cli import main
 from trainkit.errors import UserError
@@ -230,10 +230,10 @@ def test_who_has_the_address_keeps_the_meeting() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert not agent._is_free_here("127.0.0.1", port)
-    assert agent._is_free_here("127.0.0.1", port)
-    assert not agent._is_free_here("192.0.2.1", port)  # of documentation: nobody's
-    assert not agent._is_free_here("no.such.host.invalid", port)
+        assert not rendezvous.is_free_here("127.0.0.1", port)
+    assert rendezvous.is_free_here("127.0.0.1", port)
+    assert not rendezvous.is_free_here("192.0.2.1", port)  # of documentation: nobody's
+    assert not rendezvous.is_free_here("no.such.host.invalid", port)
 
 
 def test_a_meeting_that_nobody_keeps_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +245,8 @@ def test_a_meeting_that_nobody_keeps_is_given_up(monkeypatch: pytest.MonkeyPatch
 
     tried: list[object] = []
     port = free_port()
-    monkeypatch.setattr(agent, "get_rendezvous_handler", unanswered)
-    monkeypatch.setattr(agent, "JOIN_S", 0.25)
+    monkeypatch.setattr(rendezvous, "get_rendezvous_handler", unanswered)
+    monkeypatch.setattr(rendezvous, "JOIN_S", 0.25)
     found = Launch(nproc=1, nodes=(2, 2), rendezvous=f"no.such.host.invalid:{port}")
     with pytest.raises(ConnectionError, match=rf"nobody answers at rendezvous=no.such.host.invalid:{port}"):
         agent.ended(found, 1, "x", Path("runs/x"), ("/bin/true",))

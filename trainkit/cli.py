@@ -52,12 +52,12 @@ def train(overrides: Words = None, runs: Runs = RUNS, config_dir: ConfigDir = No
 
     With nothing else said: a tiny model on the embedded corpus, on a CPU, in about a minute.
     """
-    from trainkit import signals
+    from trainkit import signals, torchrun
 
     signals.leave_at_once()
-    from trainkit import launch, run, torchrun
-
     ranks, words = torchrun.asked(overrides or [])
+    from trainkit import launch, run
+
     it = run.composed(words, config_dir)
     if ranks:
         from trainkit import agent
@@ -75,14 +75,14 @@ def resume(
     config_dir: ConfigDir = None,
 ) -> None:
     """Go on from a run's folder alone. How it is done may change; what is learned may not."""
-    from trainkit import signals
+    from trainkit import signals, torchrun
 
     signals.leave_at_once()
-    from trainkit import launch, torchrun
-
     if "=" in which:
         which, overrides = "latest", [which, *(overrides or [])]
     ranks, words = torchrun.asked(overrides or [])
+    from trainkit import launch
+
     it, root, start = launch.resumed(which, words, runs, config_dir)
     if ranks:
         from trainkit import agent

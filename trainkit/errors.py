@@ -1,9 +1,11 @@
 """The mistakes of people and the failures of machines, each with the exit code that a script can tell it by."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 DONE, FAILED, MISTAKE, DIVERGED, DAMAGED, STOPPED = 0, 1, 2, 70, 74, 75
+AGAIN = "the same command, on each machine, goes on from the newest checkpoint"
 
 
 class UserError(ValueError):
@@ -47,3 +49,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     return f"; choices: {', '.join(choices)}" if choices else ""
+
+
+def again() -> str:
+    """What to do when other ranks are gone, for the end of a line; nothing where torchrun starts all of them again."""
+    restarts, before = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return "" if before < restarts else f"; {AGAIN}"

@@ -32,8 +32,9 @@ def test_what_differs_is_said_with_its_ranks() -> None:
 def test_every_attempt_meets_in_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun keeps its store over restarts: what the first attempt left there must not be read by the second."""
     kept = dist.HashStore()
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 1)]))
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: kept)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     meeting().set("address", "of the dead")
     assert meeting().check(["address"])
