@@ -60,7 +60,7 @@ def test_ranks_that_failed_behind_a_cut_wire_end_their_machine(wire: Wire, monke
     """torch's agent waits two minutes for its store. One of the ranks waits for ever."""
     monkeypatch.setattr(agent, "DEAF_S", 1.5)
     begin = time.monotonic()
-    with pytest.raises(ConnectionError) as said:
+    with pytest.raises(errors.LostError) as said:
         ends(
             wire,
             f"{CUT}; [ $RANK = 0 ] && echo $$ > waits && exec sleep 300; sleep 2; mkdir -p runs/x/logs; "
@@ -96,7 +96,7 @@ def test_ranks_that_end_as_the_store_goes_have_said_why(
     if said is None:
         assert ends(wire, script, nproc=2) == code
     else:
-        with pytest.raises(ConnectionError, match=f"rendezvous=.* does not answer any more.*{said}"):
+        with pytest.raises(errors.LostError, match=f"rendezvous=.* does not answer any more.*{said}"):
             ends(wire, script, nproc=2)
 
 
@@ -118,6 +118,9 @@ def test_other_ranks_are_asked_for_a_bounded_time(wire: Wire, monkeypatch: pytes
         "the same command, on each machine, goes on from the newest checkpoint"
     )
     assert here.lost(errors.UserError("a mistake")) is None
+    monkeypatch.setenv("GROUP_RANK", "0")
+    assert here.absent() == "this machine's own address (10.0.0.1) does not answer any more"
+    monkeypatch.delenv("GROUP_RANK")
     wire.close()
     assert "the machine of rank 0" in here.absent()  # its store is gone
 

@@ -18,7 +18,7 @@ from tests.ranks import free_port
 from trainkit import agent, logs, rendezvous, torchrun
 from trainkit import run as runs
 from trainkit.cli import main
-from trainkit.errors import UserError
+from trainkit.errors import LostError, UserError
 from trainkit.torchrun import Launch
 
 
@@ -248,6 +248,6 @@ def test_a_meeting_that_nobody_keeps_is_given_up(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rendezvous, "get_rendezvous_handler", unanswered)
     monkeypatch.setattr(rendezvous, "JOIN_S", 0.25)
     found = Launch(nproc=1, nodes=(2, 2), rendezvous=f"no.such.host.invalid:{port}")
-    with pytest.raises(ConnectionError, match=rf"nobody answers at rendezvous=no.such.host.invalid:{port}"):
+    with pytest.raises(LostError, match=rf"nobody answers at rendezvous=no.such.host.invalid:{port}"):
         agent.ended(found, 1, "x", Path("runs/x"), ("/bin/true",))
     assert len(tried) > 1

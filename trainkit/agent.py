@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousParameters
 
 from trainkit import hardware, logs, rendezvous
-from trainkit.errors import AGAIN, DAMAGED, DIVERGED, DONE, FAILED, MISTAKE, STOPPED, UserError
+from trainkit.errors import AGAIN, DAMAGED, DIVERGED, DONE, FAILED, MISTAKE, STOPPED, LostError, UserError
 from trainkit.run import Run
 from trainkit.torchrun import Launch
 
@@ -100,7 +100,7 @@ class Agent(LocalElasticAgent):
         """Run the ranks until they have ended; how they did.
 
         Raises:
-            ConnectionError: the other machines are gone, or the one that keeps torchrun's store.
+            LostError: the other machines are gone, or the one that keeps torchrun's store.
         """
         thread = threading.Thread(target=self._work, name="agent", daemon=True)
         with _handled({signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._save}):
@@ -123,7 +123,7 @@ class Agent(LocalElasticAgent):
         if isinstance(self._error, RendezvousConnectionError):
             return self._cut_off()
         if isinstance(self._error, RendezvousError):
-            raise ConnectionError(f"the other machines are gone: {self._error}") from self._error
+            raise LostError(f"the other machines are gone: {self._error}") from self._error
         if self._error is not None:
             raise self._error
         return self._code()
@@ -141,7 +141,7 @@ class Agent(LocalElasticAgent):
         """How the ranks ended here, when torchrun's store does not answer any more."""
         if (code := self._code()) == FAILED:
             said = _lost(self._codes, self._folder, self._begun) or [AGAIN]
-            raise ConnectionError(
+            raise LostError(
                 f"{self._where} does not answer any more, so its machine is gone, or the way there: {'; '.join(said)}"
             )
         return code

@@ -12,7 +12,7 @@ from trainkit.benchmark import command as benchmark
 from trainkit.choices import choices
 from trainkit.cli_checkpoint import looking_after
 from trainkit.cli_options import RUNS, ConfigDir, Json, Quantize, Runs, Words, complete, leave
-from trainkit.errors import DONE, FAILED, MISTAKE
+from trainkit.errors import DONE, FAILED, MISTAKE, LostError
 from trainkit.plan import command as plan_verb
 
 app = typer.Typer(
@@ -251,4 +251,6 @@ def _said(error: BaseException) -> tuple[int, str]:
         return int(error.code or 0), ""
     code = getattr(error, "exit_code", FAILED)
     text = " ".join(str(error).split()) or type(error).__name__
-    return code, text if code != FAILED else f"{type(error).__name__}: {text} (--debug shows where)"
+    if code != FAILED or isinstance(error, LostError):
+        return code, text
+    return code, f"{type(error).__name__}: {text} (--debug shows where)"

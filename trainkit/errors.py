@@ -42,6 +42,12 @@ class UnreliableError(RuntimeError):
     exit_code = DIVERGED
 
 
+class LostError(RuntimeError):
+    """Other ranks, or their machines, are gone. The line says all that is known of it. Exit code 1."""
+
+    exit_code = FAILED
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'a'?` when a choice is close to `word`, else the list of choices."""
     choices = sorted(choices)

@@ -7,6 +7,8 @@ from typing import Any
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from trainkit.errors import LostError
+
 JOIN_S = 600.0  # for the machine that keeps it
 AGAIN_S = 0.1
 
@@ -15,7 +17,7 @@ def meeting(parameters: RendezvousParameters) -> Any:
     """torch's handler. The machine whose address the endpoint is keeps the store; the others wait for that one to come.
 
     Raises:
-        ConnectionError: it does not come.
+        LostError: it does not come.
     """
     host, _, port = parameters.endpoint.rpartition(":")
     keeps, end = is_free_here(host, int(port)), time.monotonic() + JOIN_S
@@ -27,7 +29,7 @@ def meeting(parameters: RendezvousParameters) -> Any:
             return get_rendezvous_handler(parameters)
         except RendezvousConnectionError as error:
             if not keeps and time.monotonic() > end:
-                raise ConnectionError(
+                raise LostError(
                     f"nobody answers at rendezvous={parameters.endpoint}: it has to be the address of one of these machines, "
                     f"and its port open"
                 ) from error

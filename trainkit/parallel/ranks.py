@@ -215,7 +215,12 @@ class Ranks:
         """`rank 2 does not answer any more`, in words, or nothing where all do."""
         missing = self.roll.missing() if self.roll is not None else []
         if missing is None:  # the first rank's machine keeps the store
-            return f"the machine of rank 0 ({os.environ.get('MASTER_ADDR')}) does not answer any more"
+            whose = (
+                "this machine's own address"
+                if os.environ.get("GROUP_RANK", self.rank) in ("0", 0)
+                else "the machine of rank 0"
+            )
+            return f"{whose} ({os.environ.get('MASTER_ADDR')}) does not answer any more"
         does = "does" if len(missing) == 1 else "do"
         return f"{in_words(missing)} {does} not answer any more" if missing else ""
 
