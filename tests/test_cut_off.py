@@ -26,16 +26,18 @@ from trainkit.torchrun import Launch
 MEETING = importlib.import_module("trainkit.parallel.meeting")  # its package has a function of that name
 
 
+@pytest.fixture(autouse=True)
+def no_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's timers go on until their process ends, which here is that of other tests."""
+    monkeypatch.setattr(DynamicRendezvousHandler, "_start_heartbeats", lambda _: None)
+
+
 @pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+def wire() -> Iterator[Wire]:
     """The wire to a store that another machine keeps."""
-    start, started = DynamicRendezvousHandler._start_heartbeats, []
-    monkeypatch.setattr(DynamicRendezvousHandler, "_start_heartbeats", lambda it: (started.append(it), start(it))[1])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with Wire(store.port) as it:
         yield it
-    for handler in started:
-        handler._stop_heartbeats()  # a process that leaves need not
 
 
 def ends(wire: Wire, script: str, *, nproc: int = 1, restarts: int = 0) -> int:
@@ -75,6 +77,38 @@ def test_ranks_that_failed_behind_a_cut_wire_end_their_machine(wire: Wire, monke
     assert 1.5 < time.monotonic() - begin < 20
     pid = Path("waits").read_text().strip()
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
+
+
+def test_ranks_that_are_at_work_outlast_a_short_cut(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "DEAF_S", 0.3)
+
+    def mended() -> None:
+        while not Path("done").exists():
+            time.sleep(0.02)
+        time.sleep(1.0)
+        wire.mend()
+
+    threading.Thread(target=mended, daemon=True).start()
+    assert ends(wire, f"{CUT}; sleep 1.5; [ $RANK = 0 ] && touch done; exit 0", nproc=2) == 0
+
+
+def test_ranks_that_start_again_for_another_machine_are_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One leaves at once, and one takes its time, longer than a store may."""
+    monkeypatch.setattr(agent, "DEAF_S", 0.4)
+    waiting = DynamicRendezvousHandler.num_nodes_waiting
+
+    def another(handler: Any) -> int:
+        if Path("came").exists() or not Path("ready-0").exists() or not Path("ready-1").exists():
+            return waiting(handler)
+        Path("came").touch()
+        return 1
+
+    monkeypatch.setattr(DynamicRendezvousHandler, "num_nodes_waiting", another)
+    script = (
+        "[ -e came ] && exit 0; trap '[ $RANK = 0 ] || sleep 1.5; exit 75' TERM; touch ready-$RANK; "
+        "while :; do sleep 0.02; done"
+    )
+    assert agent.ended(Launch(nproc=2), 2, "x", Path("runs/x"), ("/bin/sh", "-c", script)) == 0
 
 
 def test_nobody_waits_to_say_good_bye_to_a_store_that_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

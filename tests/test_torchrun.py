@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
@@ -124,6 +125,32 @@ def test_the_last_words_of_a_rank_are_said(capfd: pytest.CaptureFixture[str]) ->
     os.utime(file, (0, 0))  # of an earlier run
     assert ends("exit 1") == 1
     assert capfd.readouterr().err == ""
+
+
+def test_a_machine_that_may_go_lets_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stop of all is final, a stop of a machine among some that come and go is not."""
+    made: list[bool] = []
+    real = agent.Agent
+
+    def elastic(*of: Any, **how: Any) -> agent.Agent:
+        made.append(how["elastic"])
+        return real(*of, **{**how, "elastic": True})
+
+    monkeypatch.setattr(agent, "Agent", elastic)
+    assert ends("[ $TORCHELASTIC_RESTART_COUNT = 1 ] && exit 0; exit 75", nproc=1, restarts=1) == 0
+    assert made == [False]
+
+
+def test_logs_of_every_attempt_are_kept_with_what_native_code_says() -> None:
+    for _ in range(2):
+        if (pid := os.fork()) == 0:
+            logs.divert(Path("runs/x"), 1)
+            os.write(1, b"said\n")
+            os.write(2, b"complained\n")
+            os._exit(0)
+        os.waitpid(pid, 0)
+    lines = logs.path(Path("runs/x"), 1).read_text().splitlines()
+    assert [line for line in lines if not line.startswith("---")] == ["said", "complained"] * 2
 
 
 def test_ranks_that_torchrun_ends_for_a_lost_one_decide_nothing(capfd: pytest.CaptureFixture[str]) -> None:

@@ -41,11 +41,15 @@ class Wire:
         """From here on nothing comes through."""
         self._cut.set()
 
+    def mend(self) -> None:
+        """What was sent meanwhile arrives."""
+        self._cut.clear()
+
     def _carry(self) -> None:
         while not self._done.is_set():
             if self._cut.is_set():
-                self._done.wait()
-                return
+                self._done.wait(LOOK_S)
+                continue
             for end in select.select([self._listener, *self._ends], [], [], LOOK_S)[0]:
                 if end is self._listener:
                     near, far = end.accept()[0], socket.create_connection(("127.0.0.1", self._target))
