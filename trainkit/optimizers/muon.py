@@ -67,14 +67,14 @@ class WholeMuon(torch.optim.Muon):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step_one(p, group)
+                    self._step_one(p, p.grad, group)
 
-    def _step_one(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if "momentum_buffer" not in self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+            self.state[p]["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
         momentum = self.state[p]["momentum_buffer"]
-        momentum.lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum  # type: ignore[union-attr]
+        momentum.lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         whole = orthogonal(sharded.whole(p, update), group["ns_coefficients"], group["ns_steps"], group["eps"])
         p.mul_(1 - group["lr"] * group["weight_decay"])
         sharded.local(p).add_(sharded.part(p, whole), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
