@@ -105,7 +105,7 @@ def test_ranks_that_start_again_for_another_machine_are_not_cut_off(monkeypatch:
 
     monkeypatch.setattr(DynamicRendezvousHandler, "num_nodes_waiting", another)
     script = (
-        "[ -e came ] && exit 0; trap '[ $RANK = 0 ] || sleep 1.5; exit 75' TERM; touch ready-$RANK; "
+        "[ -e came ] && exit 0; trap '[ $RANK = 1 ] || sleep 1.5; exit 75' TERM; touch ready-$RANK; "
         "while :; do sleep 0.02; done"
     )
     assert agent.ended(Launch(nproc=2), 2, "x", Path("runs/x"), ("/bin/sh", "-c", script)) == 0

@@ -153,6 +153,24 @@ def test_logs_of_every_attempt_are_kept_with_what_native_code_says() -> None:
     assert [line for line in lines if not line.startswith("---")] == ["said", "complained"] * 2
 
 
+def test_the_first_rank_keeps_the_terminal_and_native_code_has_its_log() -> None:
+    if (pid := os.fork()) == 0:
+        with open("terminal", "wb") as file:
+            os.dup2(file.fileno(), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        for _ in range(2):
+            logs.set_aside(Path("runs/x"), 0)
+            os.write(2, b"[E] complained\n")
+            print("trainkit: said", file=sys.stderr)
+        subprocess.run(["/bin/sh", "-c", "echo a child >&2"])
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert Path("terminal").read_text() == "trainkit: said\n" * 2
+    head, *said = logs.path(Path("runs/x"), 0).read_text().splitlines()
+    assert "rank 0, process" in head
+    assert said == ["[E] complained"] * 2 + ["a child"]
+
+
 def test_ranks_that_torchrun_ends_for_a_lost_one_decide_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     """One takes the signal for a person's, and leaves with 75."""
     stops = "trap 'exit 75' TERM; while :; do sleep 0.05; done"
@@ -167,7 +185,7 @@ def test_a_stop_is_passed_on_once_and_nothing_is_started_again(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     threading.Thread(target=when, args=(ready, number)).start()
-    script = "trap 'echo stop >> told; exit 75' TERM; echo >> ready; while :; do sleep 0.05; done"
+    script = "trap 'echo stop >> told; told=1' TERM; echo >> ready; while [ -z $told ]; do sleep 0.05; done; sleep 0.5; exit 75"
     assert ends(script, restarts=3) == 75
     assert Path("told").read_text() == "stop\n" * 2
     assert "trainkit" not in capfd.readouterr().err  # only the shells' own words

@@ -112,7 +112,8 @@ class Agent(LocalElasticAgent):
                 if len(self._asked) > 1 and self._at_once:
                     self._send(signal.SIGKILL)
                     return LEFT_AT_ONCE
-                if self._looked is None or time.monotonic() < self._looked + DEAF_S:
+                looked = self._looked  # torchrun's thread changes it
+                if looked is None or time.monotonic() < looked + DEAF_S:
                     continue
                 if self._result is not None:
                     break  # it would only say good-bye
