@@ -167,8 +167,8 @@ def _trainer(
     )
     checkpointer.preflight(checkpoint_bytes(it))
     joined.host.first_does(lambda: runs.claim(folder, run))
-    if not joined.first:
-        logs.divert(folder, joined.rank)
+    if joined.size > 1:
+        (logs.set_aside if joined.first else logs.divert)(folder, joined.rank)
     begin = time.perf_counter()
     found = checkpointer.load(start, it.places) if start else checkpointer.load_latest(it.places)
     signals.note = trackers.note
