@@ -5,6 +5,7 @@ import subprocess
 from types import TracebackType
 
 NAMES, ADDRESSES, WIRE = ("a", "b"), ("10.77.0.1", "10.77.0.2"), "wire"
+NOBODY = "02:00:00:00:00:99"
 
 
 class Network:
@@ -50,10 +51,13 @@ class Network:
         return ("ip", "netns", "exec", self.names[machine])
 
     def cut(self) -> None:
-        _ip("-n", self.names[0], "link", "set", WIRE, "down")
+        """Both keep their own addresses, and what one sends reaches nobody, as behind a dead switch."""
+        for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
+            _ip("-n", name, "neighbour", "replace", other, "lladdr", NOBODY, "dev", WIRE, "nud", "permanent")
 
     def mend(self) -> None:
-        _ip("-n", self.names[0], "link", "set", WIRE, "up")
+        for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
+            _ip("-n", name, "neighbour", "delete", other, "dev", WIRE)
 
 
 def _ip(*words: str) -> None:

@@ -32,6 +32,7 @@ class Server:
 
     def __enter__(self) -> "Server":
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as trainkit sets it before it imports torch
         self._process = subprocess.Popen(
             [*self._inside, sys.executable, "-m", "tests.rank_server", str(self._socket)],
             cwd=self._folder,

@@ -59,6 +59,7 @@ FLOORS = [
         "torchrun",
         "agreement",
         "agent",
+        "rendezvous",
         "use",
         "show",
         "doctor",

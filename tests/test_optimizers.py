@@ -9,6 +9,7 @@ from torch import nn
 from trainkit import optimizers
 from trainkit.errors import UserError
 from trainkit.optimizers import SGD, AdamW, Muon
+from trainkit.optimizers.muon import WholeMuon
 from trainkit.optimizers.state import load_named_state, named_state
 
 ALL = {
@@ -84,6 +85,21 @@ def test_muon_makes_the_blocks_updates_orthogonal_and_leaves_the_rest_to_adamw()
     assert 0.6 < float(found.diag().min()) <= float(found.diag().max()) < 1.3
     for name in ("embed.weight", "blocks.0.bias", "norm.weight"):
         torch.testing.assert_close(model.get_parameter(name), other.get_parameter(name), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8), (16, 16)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torchs_to_the_bit(shape: tuple[int, int], nesterov: bool) -> None:
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape)) for _ in range(2))
+    how: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov}
+    of_torch = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **how)
+    optimizer = WholeMuon([ours], **how)
+    for step in range(4):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        of_torch.step()
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ALL)

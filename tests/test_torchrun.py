@@ -9,16 +9,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from tests.conftest import SMALL
 from tests.ranks import free_port
-from trainkit import agent, logs, torchrun
+from trainkit import agent, logs, rendezvous, torchrun
 from trainkit import run as runs
 from trainkit.cli import main
-from trainkit.errors import UserError
+from trainkit.errors import LostError, UserError
 from trainkit.torchrun import Launch
 
 
@@ -126,6 +127,50 @@ def test_the_last_words_of_a_rank_are_said(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().err == ""
 
 
+def test_a_machine_that_may_go_lets_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stop of all is final, a stop of a machine among some that come and go is not."""
+    made: list[bool] = []
+    real = agent.Agent
+
+    def elastic(*of: Any, **how: Any) -> agent.Agent:
+        made.append(how["elastic"])
+        return real(*of, **{**how, "elastic": True})
+
+    monkeypatch.setattr(agent, "Agent", elastic)
+    assert ends("[ $TORCHELASTIC_RESTART_COUNT = 1 ] && exit 0; exit 75", nproc=1, restarts=1) == 0
+    assert made == [False]
+
+
+def test_logs_of_every_attempt_are_kept_with_what_native_code_says() -> None:
+    for _ in range(2):
+        if (pid := os.fork()) == 0:
+            logs.divert(Path("runs/x"), 1)
+            os.write(1, b"said\n")
+            os.write(2, b"complained\n")
+            os._exit(0)
+        os.waitpid(pid, 0)
+    lines = logs.path(Path("runs/x"), 1).read_text().splitlines()
+    assert [line for line in lines if not line.startswith("---")] == ["said", "complained"] * 2
+
+
+def test_the_first_rank_keeps_the_terminal_and_native_code_has_its_log() -> None:
+    if (pid := os.fork()) == 0:
+        with open("terminal", "wb") as file:
+            os.dup2(file.fileno(), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        for _ in range(2):
+            logs.set_aside(Path("runs/x"), 0)
+            os.write(2, b"[E] complained\n")
+            print("trainkit: said", file=sys.stderr)
+        subprocess.run(["/bin/sh", "-c", "echo a child >&2"])
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert Path("terminal").read_text() == "trainkit: said\n" * 2
+    head, *said = logs.path(Path("runs/x"), 0).read_text().splitlines()
+    assert "rank 0, process" in head
+    assert said == ["[E] complained"] * 2 + ["a child"]
+
+
 def test_ranks_that_torchrun_ends_for_a_lost_one_decide_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     """One takes the signal for a person's, and leaves with 75."""
     stops = "trap 'exit 75' TERM; while :; do sleep 0.05; done"
@@ -140,7 +185,7 @@ def test_a_stop_is_passed_on_once_and_nothing_is_started_again(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     threading.Thread(target=when, args=(ready, number)).start()
-    script = "trap 'echo stop >> told; exit 75' TERM; echo >> ready; while :; do sleep 0.05; done"
+    script = "trap 'echo stop >> told; told=1' TERM; echo >> ready; while [ -z $told ]; do sleep 0.05; done; sleep 0.5; exit 75"
     assert ends(script, restarts=3) == 75
     assert Path("told").read_text() == "stop\n" * 2
     assert "trainkit" not in capfd.readouterr().err  # only the shells' own words
@@ -230,10 +275,10 @@ def test_who_has_the_address_keeps_the_meeting() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert not agent._is_free_here("127.0.0.1", port)
-    assert agent._is_free_here("127.0.0.1", port)
-    assert not agent._is_free_here("192.0.2.1", port)  # of documentation: nobody's
-    assert not agent._is_free_here("no.such.host.invalid", port)
+        assert not rendezvous.is_free_here("127.0.0.1", port)
+    assert rendezvous.is_free_here("127.0.0.1", port)
+    assert not rendezvous.is_free_here("192.0.2.1", port)  # of documentation: nobody's
+    assert not rendezvous.is_free_here("no.such.host.invalid", port)
 
 
 def test_a_meeting_that_nobody_keeps_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,9 +290,9 @@ def test_a_meeting_that_nobody_keeps_is_given_up(monkeypatch: pytest.MonkeyPatch
 
     tried: list[object] = []
     port = free_port()
-    monkeypatch.setattr(agent, "get_rendezvous_handler", unanswered)
-    monkeypatch.setattr(agent, "JOIN_S", 0.25)
+    monkeypatch.setattr(rendezvous, "get_rendezvous_handler", unanswered)
+    monkeypatch.setattr(rendezvous, "JOIN_S", 0.25)
     found = Launch(nproc=1, nodes=(2, 2), rendezvous=f"no.such.host.invalid:{port}")
-    with pytest.raises(ConnectionError, match=rf"nobody answers at rendezvous=no.such.host.invalid:{port}"):
+    with pytest.raises(LostError, match=rf"nobody answers at rendezvous=no.such.host.invalid:{port}"):
         agent.ended(found, 1, "x", Path("runs/x"), ("/bin/true",))
     assert len(tried) > 1

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -18,14 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from trainkit import hardware, logs
-from trainkit.errors import DAMAGED, DIVERGED, DONE, FAILED, MISTAKE, STOPPED, UserError
+from trainkit import hardware, logs, rendezvous
+from trainkit.errors import AGAIN, DAMAGED, DIVERGED, DONE, FAILED, MISTAKE, STOPPED, LostError, UserError
 from trainkit.run import Run
 from trainkit.torchrun import Launch
 
@@ -33,8 +31,9 @@ FINAL = (MISTAKE, DIVERGED, DAMAGED, STOPPED)  # after which another start would
 LEFT_AT_ONCE = 130
 LOOK_S = 0.1
 PROGRAM = (sys.executable, "-u", "-m", "trainkit")
-JOIN_S = 600.0  # for the machine that keeps the rendezvous
 MEET_S = 5.0  # in which ranks have been started, if no other machine is waited for
+DEAF_S = 15.0  # in which a store that is there has answered; torch waits for one that is not for two minutes
+LEAVE_S = 5.0  # in which ranks have ended by themselves that ended elsewhere, with the machine that kept the store
 
 
 def start(launch: Launch, run: Run, folder: Path, command: Sequence[str]) -> int:
@@ -47,7 +46,6 @@ def start(launch: Launch, run: Run, folder: Path, command: Sequence[str]) -> int
     if launch.nodes[0] == launch.nodes[1] and run.parallel.kind != "auto":
         run.parallel.sizes(nproc * launch.nodes[1])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // nproc)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return ended(launch, nproc, run.name, folder, (*PROGRAM, *command))
 
 
@@ -67,33 +65,43 @@ def ended(launch: Launch, nproc: int, name: str, folder: Path, command: Sequence
         local_world_size=nproc,
         entrypoint=command[0],
         args=tuple(word.replace("$", "$$") for word in command[1:]),  # torchrun takes them for templates
-        rdzv_handler=_meeting(parameters),
+        rdzv_handler=rendezvous.meeting(parameters),
         max_restarts=launch.restarts,
         monitor_interval=LOOK_S,
         local_addr=parameters.local_addr,
     )
+    where = f"rendezvous={launch.rendezvous}" if launch.rendezvous else "torchrun's store"
     with _silent(), tempfile.TemporaryDirectory(prefix="trainkit-") as place:
-        return Agent(spec, DefaultLogsSpecs(log_dir=place), folder, elastic=launch.nodes[0] < launch.nodes[1]).end()
+        agent = Agent(spec, DefaultLogsSpecs(log_dir=place), folder, where, elastic=launch.nodes[0] < launch.nodes[1])
+        return agent.end()
 
 
 class Agent(LocalElasticAgent):
     """It starts nothing again that a person stopped, or that another start would only meet again. Of machines that come and
-    go (`elastic`) those that stay go on when another one is asked to stop."""
+    go (`elastic`) those that stay go on when another one is asked to stop. torchrun's own thread waits for minutes for its
+    store, `where` that is, once a wire is cut; this one looks after it."""
 
-    def __init__(self, spec: WorkerSpec, logs_specs: DefaultLogsSpecs, folder: Path, *, elastic: bool) -> None:
+    def __init__(
+        self, spec: WorkerSpec, logs_specs: DefaultLogsSpecs, folder: Path, where: str, *, elastic: bool
+    ) -> None:
         super().__init__(spec, logs_specs=logs_specs)
-        self._folder = folder
+        self._folder, self._where = folder, where
         self._final = set(FINAL) - ({STOPPED} if elastic else set())
         self._asked: list[float] = []  # when, by time.monotonic, a person asked to stop
         self._at_once = False
         self._told: set[int] = set()  # processes that were told so
         self._begun = time.time()
-        self._codes: list[int] = []  # of the ranks that ended by themselves, when one had failed
+        self._codes: dict[int, int] = {}  # of the ranks that ended by themselves, when one had failed
+        self._looked: float | None = None  # when torchrun last had seen to its ranks, and turned to its store
         self._result: RunResult | None = None
         self._error: BaseException | None = None
 
     def end(self) -> int:
-        """Run the ranks until they have ended; how they did."""
+        """Run the ranks until they have ended; how they did.
+
+        Raises:
+            LostError: the other machines are gone, or the one that keeps torchrun's store.
+        """
         thread = threading.Thread(target=self._work, name="agent", daemon=True)
         with _handled({signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._save}):
             thread.start()
@@ -104,8 +112,19 @@ class Agent(LocalElasticAgent):
                 if len(self._asked) > 1 and self._at_once:
                     self._send(signal.SIGKILL)
                     return LEFT_AT_ONCE
+                looked = self._looked  # torchrun's thread changes it
+                if looked is None or time.monotonic() < looked + DEAF_S:
+                    continue
+                if self._result is not None:
+                    break  # it would only say good-bye
+                if any((codes := self._ended()).values()):
+                    self._codes, self._error = codes, RendezvousConnectionError()
+                    self._send(signal.SIGKILL)  # what is left of them waits for those behind the same wire
+                    break
+        if isinstance(self._error, RendezvousConnectionError):
+            return self._cut_off()
         if isinstance(self._error, RendezvousError):
-            raise ConnectionError(f"the other machines are gone: {self._error}") from self._error
+            raise LostError(f"the other machines are gone: {self._error}") from self._error
         if self._error is not None:
             raise self._error
         return self._code()
@@ -113,18 +132,48 @@ class Agent(LocalElasticAgent):
     def _work(self) -> None:
         try:
             self._result = self.run()
+            self._looked = time.monotonic()
             if not (self._asked and STOPPED not in self._final):  # else others go on, and may be joined again
                 self._worker_group.spec.rdzv_handler.shutdown()
         except BaseException as error:
             self._error = error
 
+    def _cut_off(self) -> int:
+        """How the ranks ended here, when torchrun's store does not answer any more."""
+        if (code := self._code()) == FAILED:
+            said = _lost(self._codes, self._folder, self._begun) or [AGAIN]
+            raise LostError(
+                f"{self._where} does not answer any more, so its machine is gone, or the way there: {'; '.join(said)}"
+            )
+        return code
+
+    def _ended(self) -> dict[int, int]:
+        """The exit codes of ranks that have ended, and that torchrun has not looked at since."""
+        workers = [worker for worker in self.get_worker_group().workers if isinstance(worker.id, int)]
+        found = {worker.global_rank: _ended(worker.id) for worker in workers}
+        return {rank: code for rank, code in sorted(found.items()) if code is not None}
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._looked = None
+        super()._stop_workers(worker_group)
+
+    def _shutdown(self, *how: Any, **more: Any) -> None:
+        if isinstance(sys.exception(), RendezvousConnectionError):
+            end = time.monotonic() + LEAVE_S
+            while len(self._ended()) < len(self._pids()) and time.monotonic() < end:
+                time.sleep(LOOK_S)
+            self._codes = self._ended()
+        super()._shutdown(*how, **more)
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        by_themselves = {worker.global_rank for worker in worker_group.workers if _has_ended(worker.id)}
+        self._looked = None
+        by_themselves = self._ended()
         result = super()._monitor_workers(worker_group)  # which ends the others when one has failed
+        if result.state == WorkerState.HEALTHY:
+            self._looked = time.monotonic()
         if result.is_failed():
             codes = {rank: failure.exitcode for rank, failure in sorted(result.failures.items())}
-            codes = {rank: code for rank, code in codes.items() if rank in by_themselves} or codes
-            self._codes = list(codes.values())
+            self._codes = codes = {rank: code for rank, code in codes.items() if rank in by_themselves} or codes
             if self._asked or self._final & set(codes.values()):
                 self._remaining_restarts = 0  # as torch does where a restart is of no use
             left, most = self._remaining_restarts, worker_group.spec.max_restarts
@@ -137,11 +186,12 @@ class Agent(LocalElasticAgent):
         return result
 
     def _code(self) -> int:
-        if self._result is None or not self._result.is_failed():
+        if self._error is None and (self._result is None or not self._result.is_failed()):
             return DONE
-        if self._asked and set(self._codes) <= {STOPPED, -signal.SIGTERM}:  # or had not come as far as a handler
+        codes = set(self._codes.values())
+        if self._asked and codes <= {STOPPED, -signal.SIGTERM}:  # or had not come as far as a handler
             return STOPPED
-        return next((code for code in self._codes if code in FINAL), FAILED)
+        return next((code for code in self._codes.values() if code in FINAL), FAILED)
 
     def _stop(self, number: int, frame: Any) -> None:
         self._asked.append(time.monotonic())
@@ -168,44 +218,15 @@ class Agent(LocalElasticAgent):
         return [worker.id for worker in self.get_worker_group().workers if isinstance(worker.id, int)]
 
 
-def _has_ended(pid: Any) -> bool:
-    """Whether a child of this process has; what is left of it stays for torchrun."""
+def _ended(pid: int) -> int | None:
+    """The exit code of a child that has ended, or minus the signal that ended it; what is left of it stays for torchrun."""
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return True
-
-
-def _meeting(parameters: RendezvousParameters) -> Any:
-    """Where machines meet. The one whose address it is keeps it; the others wait for that one to come."""
-    host, _, port = parameters.endpoint.rpartition(":")
-    keeps, end = _is_free_here(host, int(port)), time.monotonic() + JOIN_S
-    while True:
-        parameters.config["is_host"] = (
-            keeps  # torch would look at this machine's name, which need not lead to its address
-        )
-        try:
-            return get_rendezvous_handler(parameters)
-        except RendezvousConnectionError as error:
-            if not keeps and time.monotonic() > end:
-                raise ConnectionError(
-                    f"nobody answers at rendezvous={parameters.endpoint}: it has to be the address of one of these machines, "
-                    f"and its port open"
-                ) from error
-            keeps = False  # another process of this machine was faster
-            time.sleep(LOOK_S)
-
-
-def _is_free_here(host: str, port: int) -> bool:
-    """Whether that is an address of this machine, and nobody has the port yet."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as it:
-            it.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            it.bind(address)
-    except OSError:
-        return False
-    return True
+        return DONE  # torchrun has seen to it
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 def _lost(codes: Mapping[int, int], folder: Path, since: float) -> list[str]:

@@ -167,8 +167,8 @@ def _trainer(
     )
     checkpointer.preflight(checkpoint_bytes(it))
     joined.host.first_does(lambda: runs.claim(folder, run))
-    if not joined.first:
-        logs.divert(folder, joined.rank)
+    if joined.size > 1:
+        (logs.set_aside if joined.first else logs.divert)(folder, joined.rank)
     begin = time.perf_counter()
     found = checkpointer.load(start, it.places) if start else checkpointer.load_latest(it.places)
     signals.note = trackers.note
@@ -216,7 +216,7 @@ def _trainer(
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus, mirror), it.step, steps=made.stop_at, config=run.yaml())
-    if run.task.takes == "pairs" and it.step == 0 and (floor := floors.said(it, corpus)):
+    if run.task.takes == "pairs" and it.step == 0 and (floor := floors.said(it, corpus, run.evaluation.batches)):
         trackers.note(floor)
     made.saves.pass_on()
     try:

@@ -12,7 +12,7 @@ from trainkit.benchmark import command as benchmark
 from trainkit.choices import choices
 from trainkit.cli_checkpoint import looking_after
 from trainkit.cli_options import RUNS, ConfigDir, Json, Quantize, Runs, Words, complete, leave
-from trainkit.errors import DONE, FAILED, MISTAKE
+from trainkit.errors import DONE, FAILED, MISTAKE, LostError
 from trainkit.plan import command as plan_verb
 
 app = typer.Typer(
@@ -52,12 +52,12 @@ def train(overrides: Words = None, runs: Runs = RUNS, config_dir: ConfigDir = No
 
     With nothing else said: a tiny model on the embedded corpus, on a CPU, in about a minute.
     """
-    from trainkit import signals
+    from trainkit import signals, torchrun
 
     signals.leave_at_once()
-    from trainkit import launch, run, torchrun
-
     ranks, words = torchrun.asked(overrides or [])
+    from trainkit import launch, run
+
     it = run.composed(words, config_dir)
     if ranks:
         from trainkit import agent
@@ -75,14 +75,14 @@ def resume(
     config_dir: ConfigDir = None,
 ) -> None:
     """Go on from a run's folder alone. How it is done may change; what is learned may not."""
-    from trainkit import signals
+    from trainkit import signals, torchrun
 
     signals.leave_at_once()
-    from trainkit import launch, torchrun
-
     if "=" in which:
         which, overrides = "latest", [which, *(overrides or [])]
     ranks, words = torchrun.asked(overrides or [])
+    from trainkit import launch
+
     it, root, start = launch.resumed(which, words, runs, config_dir)
     if ranks:
         from trainkit import agent
@@ -227,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a verb and leave with its exit code: see `trainkit.errors`."""
     try:
         versions.check()
+        logs.hush()
         code = app(arguments, standalone_mode=False)
     except BaseException as error:
         if os.environ.get("TRAINKIT_DEBUG") and not isinstance(error, SystemExit):
@@ -251,4 +252,6 @@ def _said(error: BaseException) -> tuple[int, str]:
         return int(error.code or 0), ""
     code = getattr(error, "exit_code", FAILED)
     text = " ".join(str(error).split()) or type(error).__name__
-    return code, text if code != FAILED else f"{type(error).__name__}: {text} (--debug shows where)"
+    if code != FAILED or isinstance(error, LostError):
+        return code, text
+    return code, f"{type(error).__name__}: {text} (--debug shows where)"

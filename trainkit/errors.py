@@ -1,9 +1,11 @@
 """The mistakes of people and the failures of machines, each with the exit code that a script can tell it by."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 DONE, FAILED, MISTAKE, DIVERGED, DAMAGED, STOPPED = 0, 1, 2, 70, 74, 75
+AGAIN = "the same command, on each machine, goes on from the newest checkpoint"
 
 
 class UserError(ValueError):
@@ -40,6 +42,12 @@ class UnreliableError(RuntimeError):
     exit_code = DIVERGED
 
 
+class LostError(RuntimeError):
+    """Other ranks, or their machines, are gone. The line says all that is known of it. Exit code 1."""
+
+    exit_code = FAILED
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'a'?` when a choice is close to `word`, else the list of choices."""
     choices = sorted(choices)
@@ -47,3 +55,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     return f"; choices: {', '.join(choices)}" if choices else ""
+
+
+def again() -> str:
+    """What to do when other ranks are gone, for the end of a line; nothing where torchrun starts all of them again."""
+    restarts, before = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return "" if before < restarts else f"; {AGAIN}"

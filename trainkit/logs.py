@@ -1,5 +1,7 @@
-"""What ranks other than the first say: into a file of their own in the run's folder, with their last words."""
+"""What ranks other than the first say, and what C++ says on the first: into a file for each in the folder of the run, with their
+last words. And what libraries say that nobody can do anything about: nowhere."""
 
+import logging
 import os
 import sys
 import time
@@ -7,6 +9,12 @@ import traceback
 from pathlib import Path
 
 _DIVERTED: list[Path] = []
+
+
+def hush() -> None:
+    """Keep torchao from saying of each of its GPU's libraries that this machine cannot load it, and torch of its types."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def path(folder: Path, rank: int) -> Path:
@@ -17,20 +25,41 @@ def path(folder: Path, rank: int) -> Path:
 def divert(folder: Path, rank: int) -> None:
     """Let all that this process prints from here on, C++ and what crashes included, be added to its file. A disk that
     refuses leaves it where it goes."""
-    file = path(folder, rank)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        print(f"warning: {file} cannot be written: {error.strerror}", file=sys.stderr)
+    if (descriptor := _opened(folder, rank)) is None:
         return
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     for number in (1, 2):
         os.dup2(descriptor, number)
     os.close(descriptor)
-    _DIVERTED.append(file)
-    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}, process {os.getpid()}", flush=True)
+    _DIVERTED.append(path(folder, rank))
+    print(_head(rank), flush=True)
+
+
+def set_aside(folder: Path, rank: int) -> None:
+    """Let what C++ prints as an error from here on be added to its file, and what Python prints go where it goes."""
+    if sys.stderr.fileno() != 2 or (descriptor := _opened(folder, rank)) is None:
+        return
+    sys.stderr.flush()
+    terminal = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    sys.stderr = sys.__stderr__ = terminal  # type: ignore[misc]  # what is printed when Python itself breaks
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    os.write(2, f"{_head(rank)}\n".encode())
+
+
+def _opened(folder: Path, rank: int) -> int | None:
+    file = path(folder, rank)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        print(f"warning: {file} cannot be written: {error.strerror}", file=sys.stderr)
+        return None
+
+
+def _head(rank: int) -> str:
+    return f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}, process {os.getpid()}"
 
 
 def trace(error: BaseException) -> None:

@@ -74,7 +74,7 @@ class Signals:
         self._ask(self.asked or signal.Signals(number).name)
         if self.immediate:
             if _compiling(frame):
-                os.write(2, f"trainkit: {self._stopped()}\n".encode())
+                os.write(sys.__stderr__.fileno(), f"trainkit: {self._stopped()}\n".encode())  # type: ignore[union-attr]
                 os._exit(STOPPED)
             raise self._stopped()
         if first:

@@ -38,6 +38,8 @@ def asked(words: list[str]) -> tuple[Launch | None, list[str]]:
     """
     given = {key: value for key, _, value in (w.partition("=") for w in words) if key in WORDS}
     rest = [w for w in words if w.partition("=")[0] not in WORDS]
+    if given or "RANK" in os.environ:  # else torch's C++ warns of every wire that breaks; it looks when it is imported
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not given:
         return None, rest
     if "nproc" not in given:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from trainkit.errors import FAILED
+from trainkit.errors import FAILED, again
 
 HEARTBEAT = "heartbeat.json"
 BEAT_S = 10.0  # how often the heartbeat file is written
@@ -110,7 +110,7 @@ class Watchdog:
         print(
             f"trainkit: rank {self._rank} has been in the {self._phase} after step {self._step} for "
             f"{now - self._last:.0f} s and is taken for hung{', and ' if others else ''}{others}: "
-            f"stacks of its threads are in {self._stacks}",
+            f"stacks of its threads are in {self._stacks}{again() if others else ''}",
             file=sys.stderr,
             flush=True,
         )

@@ -1,14 +1,17 @@
 """Ranks that are not the same: other versions, another config, other data."""
 
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from tests.conftest import SMALL
 from tests.ranks import in_ranks
-from trainkit import build, versions
+from trainkit import agreement, build, versions
 from trainkit import run as runs
 from trainkit.errors import UserError
 from trainkit.parallel import differing
@@ -32,8 +35,9 @@ def test_what_differs_is_said_with_its_ranks() -> None:
 def test_every_attempt_meets_in_a_place_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun keeps its store over restarts: what the first attempt left there must not be read by the second."""
     kept = dist.HashStore()
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 1)]))
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: kept)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     meeting().set("address", "of the dead")
     assert meeting().check(["address"])
@@ -49,6 +53,55 @@ def test_the_verdict_of_the_first_rank_is_that_of_all() -> None:
         agree(store, 0, 2, {"torch": "1"})
     with pytest.raises(UserError, match="torch is 1 on rank 0, 2 on rank 1"):
         agree(store, 1, 2, {"torch": "2"})
+
+
+def test_the_first_rank_leaves_when_all_have_heard() -> None:
+    """It may keep the store."""
+    store = dist.HashStore()
+    store.set("facts-1", '{"torch": "2"}')
+    left = threading.Event()
+
+    def first() -> None:
+        with pytest.raises(UserError):
+            agree(store, 0, 2, {"torch": "1"})
+        left.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert not left.wait(0.5)
+    with pytest.raises(UserError):
+        agree(store, 1, 2, {"torch": "2"})
+    thread.join()
+    assert left.is_set()
+
+
+@pytest.mark.parametrize(("rank", "agents", "keeps"), [("0", "True", False), ("0", None, True), ("1", None, False)])
+def test_the_first_rank_keeps_the_store_where_no_agent_does(
+    monkeypatch: pytest.MonkeyPatch, rank: str, agents: str | None, keeps: bool
+) -> None:
+    made: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(dist, "TCPStore", lambda *where, **how: (made.append((where, how)), dist.HashStore())[1])
+    for name, value in {"MASTER_ADDR": "host", "MASTER_PORT": "7", "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    if agents:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agents)
+    meeting()
+    ((where, how),) = made
+    assert (where, how["is_master"]) == (("host", 7), keeps)
+
+
+def test_another_tokenizer_over_the_same_text_is_other_data() -> None:
+    said: list[Any] = []
+
+    def both(own: dict[str, str]) -> list[dict[str, str]]:
+        said.append(own)
+        return [own]
+
+    for name in ("bpe", "bytes"):
+        corpus = SimpleNamespace(fingerprint="f" * 40, tokenizer=SimpleNamespace(identity={"name": name}))
+        agreement.refuse_other_data(corpus, SimpleNamespace(host=SimpleNamespace(gather=both)))  # type: ignore[arg-type]
+    assert said[0]["data"] == said[1]["data"]
+    assert "tokenizer is" in str(differing(said))
 
 
 def starts(said: str, *words: str) -> None:

@@ -58,3 +58,17 @@ EVERY = [(size, "llama", "fp64") for size in MESHES] + [(size, "gpt2", "fp32") f
 @pytest.mark.parametrize(("size", "model", "precision"), [*EVERY, (2, "llama", "fp32"), (2, "gpt2", "fp64")])
 def test_ranks_learn_what_one_process_learns(size: int, model: str, precision: str) -> None:
     in_ranks(size, neutral, cases(size, model, precision), timeout=280)
+
+
+def muons(size: int) -> list[tuple[list[str], Learned]]:
+    words = [*MODELS["llama"], "optimizer=muon", "optimizer.lr=0.02", "precision=fp64"]
+    meshes = {3: ["parallel=fsdp", "parallel=ddp"], 4: ["parallel=hsdp", "parallel=fsdp parallel.cp=2"]}[size]
+    alone = reference(words)
+    return [([*words, *mesh.split()], alone) for mesh in meshes]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", [3, 4])
+def test_muons_updates_are_those_of_whole_matrices(size: int) -> None:
+    """It rounds to bfloat16 inside: to learn the same it has to be given the same, and not slices."""
+    in_ranks(size, neutral, muons(size), timeout=280)

@@ -1,5 +1,6 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for the matrices inside blocks, AdamW for the rest."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -42,20 +43,57 @@ class Muon:
             "weight_decay": self.weight_decay,
             "momentum": self.momentum,
             "nesterov": self.nesterov,
-            "adjust_lr_fn": "match_rms_adamw",
         }
         groups = decay_groups(rest, self.adamw_lr, self.weight_decay)
         if keeping is not None:
             adamw = low_bit.adamw(*self.betas, EPS)
             return Both(LowBitMuon(list(inside.values()), keeping, **of_muon), LowBit(groups, adamw, keeping))
         return Both(
-            torch.optim.Muon(list(inside.values()), **of_muon),
+            WholeMuon(list(inside.values()), **of_muon),
             torch.optim.AdamW(groups, lr=self.adamw_lr, betas=self.betas, eps=EPS, fused=True),
         )
 
 
-class LowBitMuon(torch.optim.Muon):
-    """torch's Muon whose momentum is kept in few bits. One matrix after the other is decoded, stepped and encoded:
+class WholeMuon(torch.optim.Muon):
+    """torch's Muon, also of matrices that lie on several ranks in slices: each is put together to be orthogonalised, on all of
+    them, and a rank uses its own slice of what comes out. Left to themselves slices would be multiplied slice by slice, and
+    the sums be rounded to bfloat16 in another way on any number of ranks.
+
+    Grade: reordered; what reaches the orthogonalisation, which is in bfloat16, differs by the order of gradients' sums only.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_one(p, p.grad, group)
+
+    def _step_one(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
+        momentum = self.state[p]["momentum_buffer"]
+        momentum.lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        whole = orthogonal(sharded.whole(p, update), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        sharded.local(p).add_(sharded.part(p, whole), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Nearly U Vᵀ of a matrix U S Vᵀ, in bfloat16, by Newton and Schulz's iteration with Jordan's coefficients."""
+    a, b, c = coefficients
+    x = matrix.bfloat16()
+    x = x.T if len(matrix) > matrix.shape[1] else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if len(matrix) > matrix.shape[1] else x
+
+
+class LowBitMuon(WholeMuon):
+    """Muon whose momentum is kept in few bits. One matrix after the other is decoded, stepped and encoded:
     orthogonalisation needs it whole."""
 
     def __init__(self, parameters: list[nn.Parameter], keeping: Keeping, **of_muon: Any) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trainkit.errors import UserError
 from trainkit.optimizers.formats import BLOCK, code_of, columns, converted
+from trainkit.slices import chunks
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -30,6 +31,23 @@ def beside(parameter: Tensor, part: Tensor, last: int) -> Tensor:
     # from_local would move the part to the mesh's device
     spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)  # type: ignore[attr-defined]
     return DTensor(part.contiguous(), spec, requires_grad=False)
+
+
+def whole(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """All of a tensor that is sliced as `parameter` is, on every rank's GPU if there are some."""
+    if not hasattr(parameter, "to_local"):
+        return tensor
+    there = local(tensor).to(parameter.device_mesh.device_type)  # type: ignore[attr-defined]  # a DTensor has it
+    found: Tensor = beside(parameter, there, tensor.shape[-1]).full_tensor()  # type: ignore[attr-defined]  # nor a plain one
+    return found
+
+
+def part(parameter: Tensor, whole: Tensor) -> Tensor:
+    """What this rank has of all of a tensor that would be sliced as `parameter` is, on its device."""
+    own = local(parameter)
+    for begin, shape, _ in chunks(parameter):
+        whole = whole[tuple(slice(first, first + n) for first, n in zip(begin, shape, strict=True))]
+    return whole.to(own.device) if own.numel() else own
 
 
 def room(parameter: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainkit.errors import FAILED
+from trainkit.errors import FAILED, LostError
 
 
 class ElsewhereError(RuntimeError):
@@ -20,10 +20,8 @@ class ElsewhereError(RuntimeError):
         self.exit_code, self.text = code, text
 
 
-class LostRankError(RuntimeError):
+class LostRankError(LostError):
     """Another rank is not there any more. Nothing that takes all of them can be done again by this process."""
-
-    exit_code = FAILED
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from trainkit.errors import UserError
+from trainkit.errors import UserError, again
+from trainkit.parallel.group import LostRankError
 
 TIMEOUT = timedelta(minutes=10)  # a rank that says nothing for so long is taken for dead
 SHOWN = 3  # differences
+FIRST_LOOK_S, LAST_LOOK_S = 0.005, 0.5  # how long to wait before the next look for what another rank says
 
 
 def meeting() -> dist.Store:
@@ -28,7 +31,15 @@ def meeting() -> dist.Store:
                 "torchrun, or unset it"
             )
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    keeps = os.environ.get("RANK", "0") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=keeps,
+        timeout=TIMEOUT,
+        wait_for_workers=False,  # that would be in C++, see `_said`
+        multi_tenant=True,
+    )
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -38,16 +49,30 @@ def agree(store: dist.Store, rank: int, size: int, facts: Mapping[str, str]) -> 
 
     Raises:
         UserError: on all ranks, with the facts that differ and on which ranks.
+        LostRankError: a rank did not come.
     """
     store.set(f"facts-{rank}", json.dumps(dict(facts)))
     if rank == 0:
-        found = [json.loads(store.get(f"facts-{other}")) for other in range(size)]
+        found = [json.loads(_said(store, other, f"facts-{other}")) for other in range(size)]
         store.set("verdict", differing(found) or "")
-    if verdict := store.get("verdict").decode():
+    if verdict := _said(store, 0, "verdict"):
         store.set(f"heard-{rank}", "")
         if rank == 0:  # it may keep the store
-            store.wait([f"heard-{other}" for other in range(size)])
+            for other in range(size):
+                _said(store, other, f"heard-{other}")
         raise UserError(verdict)
+
+
+def _said(store: dist.Store, rank: int, key: str) -> str:
+    """What a rank says under that key. It is waited for in Python, where signals are heard: when that rank was killed,
+    torchrun asks the others to leave."""
+    end, pause = time.monotonic() + TIMEOUT.total_seconds(), FIRST_LOOK_S
+    while not store.check([key]):
+        if time.monotonic() > end:
+            raise LostRankError(f"rank {rank} did not come to where the ranks meet{again()}")
+        time.sleep(pause)
+        pause = min(2 * pause, LAST_LOOK_S)
+    return store.get(key).decode()
 
 
 def differing(facts: Sequence[Mapping[str, str]]) -> str | None:

@@ -1,5 +1,6 @@
 """The processes of a run as one of them sees it, and the few questions that a task or a loop may ask of the others."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainkit.errors import FAILED, RanOutError
+from trainkit.errors import FAILED, RanOutError, again
 from trainkit.fingerprint import fingerprint
 from trainkit.parallel.divided import Divided
 from trainkit.parallel.group import Group, LostRankError
@@ -208,11 +209,18 @@ class Ranks:
         if getattr(error, "exit_code", FAILED) != FAILED or not isinstance(error, Exception):
             return None
         absent = self.absent()
-        return LostRankError(f"{absent}: killed, or its machine or network is gone") if absent else None
+        return LostRankError(f"{absent}: killed, or its machine or network is gone{again()}") if absent else None
 
     def absent(self) -> str:
         """`rank 2 does not answer any more`, in words, or nothing where all do."""
         missing = self.roll.missing() if self.roll is not None else []
+        if missing is None:  # the first rank's machine keeps the store
+            whose = (
+                "this machine's own address"
+                if os.environ.get("GROUP_RANK", self.rank) in ("0", 0)
+                else "the machine of rank 0"
+            )
+            return f"{whose} ({os.environ.get('MASTER_ADDR')}) does not answer any more"
         does = "does" if len(missing) == 1 else "do"
         return f"{in_words(missing)} {does} not answer any more" if missing else ""
 

@@ -1,6 +1,7 @@
 """Who is still there, when one rank does not answer: a call that every rank answers from a thread of its own, whatever else it
 is doing or waiting for."""
 
+import contextlib
 import threading
 import time
 from datetime import timedelta
@@ -21,25 +22,23 @@ class Roll:
         self._thread = threading.Thread(target=self._answer, args=(store.clone(),), name="roll", daemon=True)
         self._thread.start()
 
-    def missing(self) -> list[int]:
-        """The ranks that do not answer; none can be named where the store itself is gone."""
-        found: list[int] = []
+    def missing(self) -> list[int] | None:
+        """The ranks that do not answer; None where the store itself does not, so that nobody can be asked."""
+        found: list[list[int]] = []
         caller = threading.Thread(target=self._call, args=(found,), name="roll call", daemon=True)
         caller.start()
         caller.join(2 * ANSWER_S)  # a store behind a cut wire would be waited for much longer
-        return found
+        return found[0] if found else None
 
-    def _call(self, found: list[int]) -> None:
-        try:
+    def _call(self, found: list[list[int]]) -> None:
+        with contextlib.suppress(dist.DistError):
             self._store.set("call", "")
             end = time.monotonic() + ANSWER_S
             while missing := [r for r in range(self._size) if not self._store.check([f"here-{r}"])]:
                 if time.monotonic() > end:
-                    found += missing
-                    return
+                    break
                 time.sleep(LOOK_S)
-        except dist.DistError:
-            return
+            found.append(missing)
 
     def end(self) -> None:
         """Nobody will be called any more: all ranks say so, while the store is there."""
