@@ -102,6 +102,12 @@ def fit(*overrides: str, name: str) -> tuple[Trainer, str]:
         return trainer, trainer.fit()
 
 
+def told(name: str) -> list[tuple[int, float, float | None]]:
+    """Each step's loss, and what was measured where the whole run measures."""
+    lines = [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], None if line["step"] % 2 else line["val_spearman"]) for line in lines]
+
+
 def test_a_run_that_was_stopped_ends_where_one_ends_that_was_not() -> None:
     """Bit for bit, and with what patience has seen. With so small a rate no evaluation is better than the first."""
     words = ["steps=40", "evaluation.every=2", "evaluation.patience=3", "optimizer.lr=1e-9", "checkpoint.every=5"]
@@ -113,6 +119,7 @@ def test_a_run_that_was_stopped_ends_where_one_ends_that_was_not() -> None:
     assert whole.best == parts.best
     assert whole.best.step == 2
     assert torch.equal(weights(whole.learner), weights(parts.learner))
+    assert told("parts") == told("whole")
     other, _ = fit("steps=12", "evaluation.every=4", name="w")
     fit("steps=12", "evaluation.every=4", "stop_at=7", name="p")
     again, _ = fit("steps=12", "evaluation.every=4", name="p")
