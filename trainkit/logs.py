@@ -1,4 +1,4 @@
-"""What ranks other than the first say, and what C++ says on the first: into a file for each in the folder of the run, with their
+"""What ranks other than the first say, and what C++ says on the first: into a file for each in the run's folder, with their
 last words. And what libraries say that nobody can do anything about: nowhere."""
 
 import logging
