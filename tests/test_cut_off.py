@@ -1,6 +1,7 @@
 """A machine whose wire is cut: the others are not gone, they only do not answer. It has to leave soon, and to say why."""
 
 import importlib
+import itertools
 import os
 import signal
 import threading
@@ -109,6 +110,15 @@ def test_ranks_that_start_again_for_another_machine_are_not_cut_off(monkeypatch:
         "while :; do sleep 0.02; done"
     )
     assert agent.ended(Launch(nproc=2), 2, "x", Path("runs/x"), ("/bin/sh", "-c", script)) == 0
+
+
+def test_torchruns_thread_may_turn_to_its_ranks_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Turning(agent.Agent):
+        _seen = itertools.cycle([0.0, None])
+        _looked = property(lambda self: next(self._seen), lambda self, value: None)
+
+    monkeypatch.setattr(agent, "Agent", Turning)
+    assert agent.ended(Launch(nproc=1), 1, "x", Path("runs/x"), ("/bin/sh", "-c", "sleep 0.5")) == 0
 
 
 def test_nobody_waits_to_say_good_bye_to_a_store_that_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

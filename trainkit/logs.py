@@ -1,5 +1,5 @@
-"""What ranks other than the first say, and what C++ says on the first: into a file for each in the folder of the run, with their
-last words."""
+"""What ranks other than the first say, and what C++ says on the first: into a file for each in the run's folder, with
+their last words."""
 
 import os
 import sys
