@@ -32,6 +32,7 @@ TINY, CHAR, M50, GPT2 = "model=tiny", "model=char-small", "model=M50", "model=gp
 CHECKPOINT, OFFLOAD, BOTH = "memory=checkpoint", "memory=offload_activations", "memory=checkpoint+offload_activations"
 ONE, START = "one-document", "start_from=base"  # of which nothing is read here
 CPU = torch.device("cpu")
+NO_SPEED = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
 CELLS = [
     [TINY, "data.batch=16"],
     [TINY, "data.batch=16", "precision=bf16", ONE],
@@ -145,8 +146,7 @@ def _evaluate(run: Run, it: Any) -> None:
 def predicted(cell: list[str], *, whole: bool = False) -> dict[str, int]:
     """What the plan says. It needs no data, and no speed of this machine."""
     torch.set_num_threads(1)
-    cpu = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
-    return plan(composed(cell), Setting(cpu, documents=ONE not in cell), whole=whole).peaks
+    return plan(composed(cell), Setting(NO_SPEED, documents=ONE not in cell), whole=whole).peaks
 
 
 def _in_process(number: int) -> list[dict[str, int]]:
@@ -155,6 +155,28 @@ def _in_process(number: int) -> list[dict[str, int]]:
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     both: list[dict[str, int]] = json.loads(out.splitlines()[-1])
     return both
+
+
+def compared(said: dict[str, int], found: dict[str, int]) -> tuple[list[float], str]:
+    """How far off each phase's prediction is, and a table's row of them; of a phase that is not planned nothing."""
+    off = {name: said[name] / found[name] - 1 for name in found if said[name]}
+    both = (f"{said[n] / 1e6:.1f} / {found[n] / 1e6:.1f} ({off[n]:+.2%})" if n in off else "" for n in found)
+    return list(off.values()), " | ".join(both)
+
+
+def report(
+    rows: list[str], errors: list[float], phases: tuple[str, ...], page: Path | None, mark: str, first: str = ""
+) -> None:
+    """Say how near it came, and put the table, whose first column is named so, between a page's marks."""
+    worst, mean = max(map(abs, errors)), statistics.mean(map(abs, errors))
+    summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {worst:.2%}, mean {mean:.2%}"
+    print(summary)
+    if page:
+        head = f"| {first} | overrides | " + " | ".join(phases) + " |\n|---|---|" + "---|" * len(phases)
+        before, _, rest = page.read_text().partition(f"<!-- {mark} -->")
+        _, _, after = rest.partition(f"<!-- end {mark} -->")
+        table = "\n".join([summary, "", head, *rows])
+        page.write_text(f"{before}<!-- {mark} -->\n{table}\n<!-- end {mark} -->{after}")
 
 
 def main() -> None:
@@ -173,21 +195,11 @@ def main() -> None:
     rows, errors = [], []
     pool = ThreadPoolExecutor(given.jobs)
     for number, (said, found) in enumerate(pool.map(_in_process, range(len(CELLS)))):
-        off = {name: said[name] / found[name] - 1 for name in PHASES}
-        errors += off.values()
-        values = " | ".join(f"{said[n] / 1e6:.1f} / {found[n] / 1e6:.1f} ({off[n]:+.2%})" for n in PHASES)
-        rows.append(f"| {number + 1} | `{' '.join(CELLS[number])}` | {values} |")
+        off, row = compared(said, found)
+        errors += off
+        rows.append(f"| {number + 1} | `{' '.join(CELLS[number])}` | {row} |")
         print(rows[-1], flush=True)
-    worst, mean = max(map(abs, errors)), statistics.mean(map(abs, errors))
-    summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {worst:.2%}, mean {mean:.2%}"
-    print(summary)
-    if given.out:
-        head = "| | overrides | " + " | ".join(PHASES) + " |\n|---|---|" + "---|" * len(PHASES)
-        text = given.out.read_text()
-        before, _, rest = text.partition("<!-- grid -->")
-        _, _, after = rest.partition("<!-- end -->")
-        table = "\n".join([summary, "", head, *rows])
-        given.out.write_text(f"{before}<!-- grid -->\n{table}\n<!-- end -->{after}")
+    report(rows, errors, PHASES, given.out, "grid")
 
 
 if __name__ == "__main__":

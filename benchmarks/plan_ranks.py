@@ -7,21 +7,16 @@ As benchmarks/plan.py, two updates and an evaluation. Peaks are those of the ran
 import argparse
 import gc
 import json
-import os
-import socket
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.plan import CPU, SMALLER, write_corpus
+from benchmarks.plan import CPU, NO_SPEED, SMALLER, compared, report, write_corpus
+from benchmarks.ranks import in_ranks
 from trainkit import build
 from trainkit import run as runs
 from trainkit.parallel import Parallel, Ranks
-from trainkit.plan.cards import Card
 from trainkit.plan.planned import Setting, plan
 from trainkit.profile.allocations import Allocations
 from trainkit.run import Run
@@ -59,12 +54,14 @@ def measured(words: str, joined: Ranks) -> dict[str, int]:
     run = composed(words)
     corpus = run.data.open()
     with Allocations(torch.nn.Module(), device=CPU) as seen:
-        it = build.learner(run, corpus, run.parallel.lay_out(joined))
-        with seen.phase("training"):
-            it.train_step(), it.train_step()
+        with seen.phase("building"):
+            it = build.learner(run, corpus, run.parallel.lay_out(joined))
+        seen.model, seen.optimizer = it.model, it.optimizer
+        it.train_step(), it.train_step()  # in phases of their own: what gloo's threads drop last ends with a backward
         with seen.phase("evaluation"):
             assert it.evaluate(it.loader.validation(1), stop=lambda: False) is not None
-    return {name: seen.by_phase[name].peak for name in PHASES}
+    training = max(it.peak for name, it in seen.by_phase.items() if name not in ("building", "evaluation"))
+    return {"training": training, "evaluation": seen.by_phase["evaluation"].peak}
 
 
 def as_rank(cells: list[str]) -> list[dict[str, int]]:
@@ -79,36 +76,16 @@ def as_rank(cells: list[str]) -> list[dict[str, int]]:
 def predicted(ranks: int, words: str) -> dict[str, int]:
     """What the plan says of the rank that takes most. It needs no data, and no speed of this machine."""
     torch.set_num_threads(1)
-    cpu = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
-    return plan(composed(f"{words} evaluation.sample_tokens=0"), Setting(cpu, ranks), whole=True).peaks
+    return plan(composed(f"{words} evaluation.sample_tokens=0"), Setting(NO_SPEED, ranks), whole=True).peaks
 
 
 def in_processes(ranks: int, cells: list[str]) -> list[dict[str, int]]:
     """Of every cell the highest of the ranks' peaks."""
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        port = it.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder, "corpus"), one_document=False)
-        more = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(ranks),
-            "TRAINKIT_CACHE": folder,
-        }
-        more |= {"PYTHONPATH": str(Path(__file__).parents[1]), "LOCAL_WORLD_SIZE": str(ranks)}
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.plan_ranks", "--measure", json.dumps(cells)],
-                cwd=folder,
-                env=os.environ | more | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        said = [child.communicate()[0] for child in started]
-        assert not any(child.returncode for child in started), cells
+        said = in_ranks(
+            ranks, "benchmarks.plan_ranks", ["--measure", json.dumps(cells)], {"TRAINKIT_CACHE": folder}, Path(folder)
+        )
     found = [json.loads(text.splitlines()[-1]) for text in said]
     return [{name: max(one[name] for one in of) for name in PHASES} for of in zip(*found, strict=True)]
 
@@ -127,20 +104,11 @@ def main() -> None:
         cells = [words for size, words in CELLS if size == ranks]
         for words, found in zip(cells, in_processes(ranks, cells), strict=True):
             said = predicted(ranks, words)
-            off = {name: said[name] / found[name] - 1 for name in PHASES if said[name]}
-            errors += off.values()
-            both = [f"{said[n] / 1e6:.1f} / {found[n] / 1e6:.1f} ({off[n]:+.2%})" if n in off else "" for n in PHASES]
-            rows.append(f"| {ranks} | `{words}` | {' | '.join(both)} |")
+            off, row = compared(said, found)
+            errors += off
+            rows.append(f"| {ranks} | `{words}` | {row} |")
             print(rows[-1], flush=True)
-    worst, mean = max(map(abs, errors)), statistics.mean(map(abs, errors))
-    summary = f"{len(errors)} peaks of {len(rows)} runs: worst error {worst:.2%}, mean {mean:.2%}"
-    print(summary)
-    if given.out:
-        head = "| ranks | overrides | " + " | ".join(PHASES) + " |\n|---|---|" + "---|" * len(PHASES)
-        before, _, rest = given.out.read_text().partition("<!-- ranks -->")
-        _, _, after = rest.partition("<!-- end ranks -->")
-        table = "\n".join([summary, "", head, *rows])
-        given.out.write_text(f"{before}<!-- ranks -->\n{table}\n<!-- end ranks -->{after}")
+    report(rows, errors, PHASES, given.out, "ranks", first="ranks")
 
 
 if __name__ == "__main__":

@@ -15,18 +15,16 @@ talk:
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.ranks import in_ranks
 from trainkit import build
 from trainkit import run as runs
 from trainkit.parallel import Parallel, Ranks
@@ -156,29 +154,7 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             print(json.dumps(found))
         return
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        port = it.getsockname()[1]
-    more = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(given.ranks),
-        "OMP_NUM_THREADS": "1",
-    }
-    more |= {"LOCAL_WORLD_SIZE": str(given.ranks), "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:]]
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | more | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(given.ranks)
-    ]
-    said = [child.communicate()[0] for child in started]
-    if any(child.returncode for child in started):
-        sys.exit("a rank failed")
+    said = in_ranks(given.ranks, "benchmarks.scaling", sys.argv[1:], {"OMP_NUM_THREADS": "1"})
     print("\n".join(table(json.loads(said[0].splitlines()[-1]), given.ranks)))
 
 

@@ -180,3 +180,11 @@ def test_completion_knows_groups_and_choices() -> None:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"trainkit \d+\.\d+\.\d+\n", said(capsys, "--version"))
+
+
+def test_libraries_say_nothing_that_nobody_can_mend() -> None:
+    said = "import logging; from trainkit.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
+    said += (
+        "import torch.utils._pytree\n[logging.getLogger(n).warning('no') for n in ('torchao', 'torch.utils._pytree')]"
+    )
+    assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stderr == ""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.plan import NO_SPEED
 from tests.conftest import weights
 from tests.ranks import in_ranks
 from tests.short_runs import WORDS
@@ -17,7 +18,6 @@ from trainkit import build, embed, floors, say, use
 from trainkit import run as runs
 from trainkit.errors import UserError
 from trainkit.opened import opened, tokenizer_of
-from trainkit.plan.cards import Card
 from trainkit.plan.planned import Setting, plan
 from trainkit.trainer import Trainer
 
@@ -150,6 +150,17 @@ def test_vectors_of_lines_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch
         written(width=9)
 
 
+def test_the_floor_before_learning_is_of_as_many_batches_as_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runs.composed([*SMALL, *SCORED, "task.loss=cosent", "data.batch=2", "name=t"])
+    corpus = run.data.open()
+    it = build.learner(run, corpus, build.ranks(run))
+    monkeypatch.setattr(it, "evaluate", lambda batches, stop: {"val_spearman": len(list(batches))})
+    whole = len(list(it.loader.validation()))
+    assert whole > 1
+    assert "as it begins 1.0," in str(floors.said(it, corpus, 1))
+    assert f"as it begins {whole}.0," in str(floors.said(it, corpus, None))
+
+
 def test_an_evaluation_stands_beside_its_floors(capsys: pytest.CaptureFixture[str]) -> None:
     trainer, _ = fit("steps=4", "evaluation.every=4", name="a")
     capsys.readouterr()
@@ -208,8 +219,7 @@ def test_an_encoder_goes_on_from_what_it_guessed(trained: Any) -> None:
 
 @pytest.mark.parametrize("loss", ["info_nce", "cosent"])
 def test_an_embedding_run_can_be_planned(loss: str) -> None:
-    card = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
     words = [*SMALL, *SCORED, f"task.loss={loss}", "data.batch=16", "name=t"]
-    few, every = (plan(runs.composed([*words, f"memory.microbatch={n}"]), Setting(card, 1)) for n in ("2", "null"))
+    few, every = (plan(runs.composed([*words, f"memory.microbatch={n}"]), Setting(NO_SPEED, 1)) for n in ("2", "null"))
     assert few.peaks["training"] < every.peaks["training"]
     assert few.parameters == every.parameters

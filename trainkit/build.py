@@ -216,7 +216,7 @@ def _trainer(
     if mirror is not None and (newest := store.whole(checkpointer.folder)):
         mirror.submit(newest[-1][0])  # the process before this one may have been killed before it was sent
     trackers.start(header(run, made, corpus, mirror), it.step, steps=made.stop_at, config=run.yaml())
-    if run.task.takes == "pairs" and it.step == 0 and (floor := floors.said(it, corpus)):
+    if run.task.takes == "pairs" and it.step == 0 and (floor := floors.said(it, corpus, run.evaluation.batches)):
         trackers.note(floor)
     made.saves.pass_on()
     try:

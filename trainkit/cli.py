@@ -227,6 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a verb and leave with its exit code: see `trainkit.errors`."""
     try:
         versions.check()
+        logs.hush()
         code = app(arguments, standalone_mode=False)
     except BaseException as error:
         if os.environ.get("TRAINKIT_DEBUG") and not isinstance(error, SystemExit):

@@ -121,7 +121,7 @@ def report(loaded: Loaded, own: Run, overrides: list[str], *, quantize: str | No
     ranks = build.ranks(run)
     learner = build.learner(run, corpus, ranks)
     try:
-        floor = floors.untrained(learner)
+        floor = floors.untrained(learner, run.evaluation.batches)
         load_model(learner.model, loaded.tensors)
         held = use.quantized(learner.model, quantize)
         found = learner.evaluate(learner.loader.validation(run.evaluation.batches), lambda: False)

@@ -29,21 +29,20 @@ def idf_overlap(corpus: PairCorpus) -> float | None:
     return 100 * spearman(torch.tensor(similar), torch.from_numpy(scores))
 
 
-def untrained(it: Learner) -> dict[str, float]:
-    """What the task measures of the learner as it is, before its first update."""
-    found = it.evaluate(it.loader.validation(), lambda: False)
+def untrained(it: Learner, batches: int | None) -> dict[str, float]:
+    """What the task measures of the learner as it is, before its first update, on as many batches as it will be later."""
+    found = it.evaluate(it.loader.validation(batches), lambda: False)
     assert found is not None  # nothing asks it to stop
     return found
 
 
-def said(it: Learner, corpus: PairCorpus) -> str | None:
+def said(it: Learner, corpus: PairCorpus, batches: int | None) -> str | None:
     """The floors in a line, before the first update; None where there are no scores to compare with."""
     overlap = idf_overlap(corpus)
     if overlap is None:
         return None
-    return (
-        f"floors (Spearman × 100): untrained {untrained(it)['val_spearman']:.1f}, overlap of words by IDF {overlap:.1f}"
-    )
+    begins = untrained(it, batches)["val_spearman"]
+    return f"floors (Spearman × 100): as it begins {begins:.1f}, overlap of words by IDF {overlap:.1f}"
 
 
 def _texts(part: Part) -> list[tuple[NDArray[Any], ...]]:

@@ -1,6 +1,7 @@
-"""What ranks other than the first say, and what C++ says on the first: into a file for each in the run's folder, with
-their last words."""
+"""What ranks other than the first say, and what C++ says on the first: into a file for each in the run's folder, with their
+last words. And what libraries say that nobody can do anything about: nowhere."""
 
+import logging
 import os
 import sys
 import time
@@ -8,6 +9,12 @@ import traceback
 from pathlib import Path
 
 _DIVERTED: list[Path] = []
+
+
+def hush() -> None:
+    """Keep torchao from saying of each of its GPU's libraries that this machine cannot load it, and torch of its types."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def path(folder: Path, rank: int) -> Path:

@@ -10,6 +10,7 @@ import torch
 from trainkit import build, embed, hardware, mteb_eval
 from trainkit import run as runs
 from trainkit import start as starts
+from trainkit.data.tokenizers import LEARNED, TokenizerConfig
 from trainkit.errors import UserError, nearest
 from trainkit.learner import load_model
 from trainkit.models.quantized import Format
@@ -32,7 +33,7 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
     if own.task.takes == "pairs":
         embed.report(loaded, own, overrides, quantize=quantize, as_json=as_json)
         return
-    run = starts.with_kept_tokenizer(runs.saved(own.yaml(), overrides, free=("data",)), [loaded.path])
+    run = _with_its_tokenizer(runs.saved(own.yaml(), overrides, free=("data",)), own, overrides, loaded.path)
     run = replace(run, precision=run.precision.to_use(hardware.choose(run.parallel.device)))
     build.check(run)
     with bytes_bar() as report:
@@ -62,6 +63,18 @@ def evaluate(which: str, overrides: list[str], root: Path, *, quantize: str | No
             print(f"  {'weights':15} {human_bytes(held['weight_bytes'])}, blocks in {quantize}")
         for name, value in found.items():
             print(f"  {name.removeprefix('val_').replace('_', ' '):15} {value:.4f}")
+
+
+def _with_its_tokenizer(run: Run, own: Run, overrides: list[str], checkpoint: Path) -> Run:
+    """`run` on its data, which is read with the checkpoint's tokenizer unless a person names another one."""
+    named = any(word.lstrip("+~").startswith("data.tokenizer") for word in overrides)
+    data: Any = run.data
+    if hasattr(data, "tokenizer") and data != own.data and not named:
+        tokenizer = getattr(own.data, "tokenizer", None)
+        if tokenizer is None or tokenizer.kind in LEARNED:  # it is what the checkpoint carries
+            tokenizer = TokenizerConfig(kind="file", path=str(checkpoint / "tokenizer.json"))
+        run = replace(run, data=replace(data, tokenizer=tokenizer))
+    return starts.with_kept_tokenizer(run, [checkpoint])
 
 
 def refuse_format(form: str | None, run: Run) -> None:

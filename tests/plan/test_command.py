@@ -74,7 +74,7 @@ def test_a_script_can_ask_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> No
         (["--gpus", "3xh100", "parallel=ddp"], "data.batch=4 rows do not divide over 3 ranks: use 3 or 6"),
         (["--gpus", "4xh100", "parallel=tp"], "model.attention.heads=2 does not divide by parallel.tp=4: use 1 or 2"),
         (["--gpus", "2xh100", "parallel=pp", "memory=stream"], "memory=stream cannot go with parallel.pp"),
-        (["--gpu", "rtx9"], "is not known"),
+        (["--gpu", "rtx9"], "is no card and no size such as 24GB; did you mean"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_traced(words: list[str], said: str) -> None:

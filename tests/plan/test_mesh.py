@@ -18,7 +18,7 @@ from trainkit.plan.meshes import meshes, words
 from trainkit.plan.planned import Plan, Setting, plan
 from trainkit.plan.world import looked_at, of_ranks
 
-CPU = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
+CPU = bench.NO_SPEED
 H100 = CARDS["h100"]
 WIDTH, LENGTH, VOCAB, DEPTH = 64, 32, 512, 4
 SMALL = [f"model.width={WIDTH}", f"model.vocab={VOCAB}", f"data.length={LENGTH}", f"model.depth={DEPTH}", "name=t"]

@@ -17,7 +17,7 @@ from trainkit.plan.planned import Plan, Setting, plan
 from trainkit.plan.trace import Numbers, trace
 from trainkit.plan.world import Line
 
-CPU = Card("cpu", 24, 1, 1, 1, 1, 1, 1, 1, 1, cuda=False)
+CPU = bench.NO_SPEED
 H100 = CARDS["h100"]
 SMALL = ["model.width=64", "model.attention.heads=2", "model.vocab=512", "data.length=64", "evaluation.sample_tokens=8"]
 

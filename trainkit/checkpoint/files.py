@@ -149,7 +149,9 @@ class Reading:
 
     def rest(self) -> str:
         """Read what is left, and give the hash of all."""
-        scratch = _block()
+        return self._rest(_block() if self._left else memoryview(b""))
+
+    def _rest(self, scratch: memoryview) -> str:
         while self._left:
             self.read_into(scratch[: min(self._left, len(scratch))])
         return self._digest.hexdigest()
@@ -170,7 +172,7 @@ class Reading:
             direct = got > 0 and got % ALIGNED == 0
         if around:
             _use_the_cache(self._descriptor)
-        return self.rest()
+        return self._rest(scratch)
 
 
 def write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int | str]:

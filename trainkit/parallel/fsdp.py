@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
+from trainkit.parallel.waits import Waits
+
 
 def shard(
     model: nn.Module,
@@ -44,4 +46,7 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no premultiplied sum
+    if stream:
+        waits = Waits([*(roots or (model,)), *blocks], device)
+        model.memory_stats = [*getattr(model, "memory_stats", []), waits.stats]  # type: ignore[assignment]
     return model

@@ -49,6 +49,7 @@ class Replicas:
             work.wait()
             for grad, whole in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 grad.copy_(whole.view_as(grad))
+            flat.untyped_storage().resize_(0)  # gloo's thread may hold it for a while
         self._works, self._missing = [], []
 
     def own(self) -> Tensor:

@@ -140,9 +140,7 @@ def find(gpu: str | None) -> Card:
     if size := _SIZE.fullmatch(name):
         return replace(sized := _of_size(size), name=f"{gpu} ({sized.name}'s speed)")
     if (_ALSO.get(name, name)) not in CARDS:
-        raise UserError(
-            f"--gpu {gpu} is not known{nearest(name, [*CARDS, *_ALSO, 'cpu'])}; or a size such as --gpu 24GB"
-        )
+        raise UserError(f"--gpu {gpu} is no card and no size such as 24GB{nearest(name, [*CARDS, *_ALSO, 'cpu'])}")
     return CARDS[_ALSO.get(name, name)]
 
 

@@ -20,6 +20,7 @@ from trainkit.plan.stand_ins import standing_in
 from trainkit.run import Run
 from trainkit.slices import chunks
 from trainkit.tasks import Embedding
+from trainkit.tasks.causal_lm import evaluating
 
 Numbers = dict[tuple[str, ...], float]  # what was found, by name. In the depth, each of them is linear
 Seconds = Callable[[list[Work]], float]
@@ -124,9 +125,8 @@ def _checkpoint(it: Learner) -> dict[str, Any]:
 def _evaluate(run: Run, it: Learner, batch: Mapping[str, Tensor]) -> None:
     """An evaluation of one batch. What is measured of vectors is of their numbers, which are not there, and on the host."""
     if isinstance(run.task, Embedding):
-        it.model.eval()
-        run.task.embed(it.model, batch)
-        it.model.train()
+        with evaluating(it.model):
+            run.task.embed(it.model, batch)
     else:
         it.evaluate([batch], stop=lambda: False)
 
@@ -184,17 +184,14 @@ def _moved(done: list[Work]) -> float:
 
 def _sample(it: Learner, live: Live, tokens: int) -> None:
     """One token after `tokens` others."""
-    training = it.model.training
-    it.model.eval()
     caches: Any = [Cache() for _ in it.model.backbone.blocks]  # type: ignore[union-attr]  # a task's model has them
     device = it.ranks.device
-    with torch.no_grad():
+    with evaluating(it.model), torch.no_grad():
         if tokens > 1:
             with live.unseen():
                 it.model(torch.empty(1, tokens - 1, dtype=torch.int64, device=device), caches=caches, seen=0)
         with live.during("sample"):
             it.model(torch.empty(1, 1, dtype=torch.int64, device=device), caches=caches, seen=tokens - 1)
-    it.model.train(training)
 
 
 def _of_resuming(
