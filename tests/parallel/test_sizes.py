@@ -135,6 +135,14 @@ def test_auto_is_arithmetic(world: int, machine: int, batch: int, state: int, ex
     assert chosen(world, machine, SHAPE, batch, state, memory=80 * GB) == expected
 
 
+def test_auto_leaves_out_a_pipeline_whose_rows_do_not_divide() -> None:
+    """Heads and length go into no two ranks, so that only the depth is left to be shared; of 6 rows two replicas have 3."""
+    odd = Shape(heads=7, kv_heads=7, hidden=7, vocab=7, depth=4, length=7)
+    assert chosen(4, 4, odd, 8, GB, memory=80 * GB) == Sizes(dp_replicate=4)
+    with pytest.raises(UserError, match="finds no mesh of 4 ranks for data.batch=6: use data.batch=4"):
+        chosen(4, 4, odd, 6, GB, memory=80 * GB)
+
+
 def test_auto_is_a_mesh_of_the_ranks_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
