@@ -128,6 +128,7 @@ GB = 1 << 30
         (16, 8, 64, 200 * GB, Sizes(dp_replicate=2, dp_shard=8)),  # it fits on a machine
         (16, 8, 64, 500 * GB, Sizes(dp_shard=16)),
         (16, 8, 4, GB, Sizes(dp_replicate=4, tp=4)),  # few rows: layers are shared, as far as heads divide
+        (16, 8, 4, 100 * GB, Sizes(dp_replicate=4, tp=4)),  # it fits, shared so
         (64, 8, 4, 500 * GB, Sizes(dp_shard=4, cp=4, tp=4)),
     ],
 )
