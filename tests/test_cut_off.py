@@ -129,14 +129,17 @@ def test_nobody_waits_to_say_good_bye_to_a_store_that_is_cut_off(monkeypatch: py
     assert time.monotonic() - begin < 20
 
 
-@pytest.mark.parametrize(("code", "said"), [(75, None), (70, None), (1, "rank 1 failed: no luck"), (0, errors.AGAIN)])
+@pytest.mark.parametrize(
+    ("code", "said"), [(75, None), (70, None), (1, "rank 1 failed: no luck"), (0, errors.AGAIN), (-9, "SIGKILL")]
+)
 def test_ranks_that_end_as_the_store_goes_have_said_why(
     wire: Wire, monkeypatch: pytest.MonkeyPatch, code: int, said: str | None
 ) -> None:
     """The machine that keeps it may be done a moment earlier."""
     monkeypatch.setattr(wire, "cut", wire.close)
     monkeypatch.setattr(agent, "LEAVE_S", 3.0)
-    script = f"{CUT}; sleep 1; mkdir -p runs/x/logs; echo 'no luck' > runs/x/logs/rank-1.log; exit {code}"
+    script = f"{CUT}; sleep 1; mkdir -p runs/x/logs; echo 'no luck' > runs/x/logs/rank-1.log; "
+    script += f"exit {code}" if code >= 0 else f"kill {code} $$"
     if said is None:
         assert ends(wire, script, nproc=2) == code
     else:
