@@ -1,6 +1,7 @@
 """A machine whose wire is cut: the others are not gone, they only do not answer. It has to leave soon, and to say why."""
 
 import importlib
+import itertools
 import os
 import signal
 import threading
@@ -111,6 +112,15 @@ def test_ranks_that_start_again_for_another_machine_are_not_cut_off(monkeypatch:
     assert agent.ended(Launch(nproc=2), 2, "x", Path("runs/x"), ("/bin/sh", "-c", script)) == 0
 
 
+def test_torchruns_thread_may_turn_to_its_ranks_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Turning(agent.Agent):
+        _seen = itertools.cycle([0.0, None])
+        _looked = property(lambda self: next(self._seen), lambda self, value: None)
+
+    monkeypatch.setattr(agent, "Agent", Turning)
+    assert agent.ended(Launch(nproc=1), 1, "x", Path("runs/x"), ("/bin/sh", "-c", "sleep 0.5")) == 0
+
+
 def test_nobody_waits_to_say_good_bye_to_a_store_that_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent, "DEAF_S", 0.5)
     monkeypatch.setattr(DynamicRendezvousHandler, "shutdown", lambda _: time.sleep(60))
@@ -119,14 +129,17 @@ def test_nobody_waits_to_say_good_bye_to_a_store_that_is_cut_off(monkeypatch: py
     assert time.monotonic() - begin < 20
 
 
-@pytest.mark.parametrize(("code", "said"), [(75, None), (70, None), (1, "rank 1 failed: no luck"), (0, errors.AGAIN)])
+@pytest.mark.parametrize(
+    ("code", "said"), [(75, None), (70, None), (1, "rank 1 failed: no luck"), (0, errors.AGAIN), (-9, "SIGKILL")]
+)
 def test_ranks_that_end_as_the_store_goes_have_said_why(
     wire: Wire, monkeypatch: pytest.MonkeyPatch, code: int, said: str | None
 ) -> None:
     """The machine that keeps it may be done a moment earlier."""
     monkeypatch.setattr(wire, "cut", wire.close)
     monkeypatch.setattr(agent, "LEAVE_S", 3.0)
-    script = f"{CUT}; sleep 1; mkdir -p runs/x/logs; echo 'no luck' > runs/x/logs/rank-1.log; exit {code}"
+    script = f"{CUT}; sleep 1; mkdir -p runs/x/logs; echo 'no luck' > runs/x/logs/rank-1.log; "
+    script += f"exit {code}" if code >= 0 else f"kill {code} $$"
     if said is None:
         assert ends(wire, script, nproc=2) == code
     else:

@@ -128,11 +128,20 @@ GB = 1 << 30
         (16, 8, 64, 200 * GB, Sizes(dp_replicate=2, dp_shard=8)),  # it fits on a machine
         (16, 8, 64, 500 * GB, Sizes(dp_shard=16)),
         (16, 8, 4, GB, Sizes(dp_replicate=4, tp=4)),  # few rows: layers are shared, as far as heads divide
+        (16, 8, 4, 100 * GB, Sizes(dp_replicate=4, tp=4)),  # it fits, shared so
         (64, 8, 4, 500 * GB, Sizes(dp_shard=4, cp=4, tp=4)),
     ],
 )
 def test_auto_is_arithmetic(world: int, machine: int, batch: int, state: int, expected: Sizes) -> None:
     assert chosen(world, machine, SHAPE, batch, state, memory=80 * GB) == expected
+
+
+def test_auto_leaves_out_a_pipeline_whose_rows_do_not_divide() -> None:
+    """Heads and length go into no two ranks, so that only the depth is left to be shared; of 6 rows two replicas have 3."""
+    odd = Shape(heads=7, kv_heads=7, hidden=7, vocab=7, depth=4, length=7)
+    assert chosen(4, 4, odd, 8, GB, memory=80 * GB) == Sizes(dp_replicate=4)
+    with pytest.raises(UserError, match="finds no mesh of 4 ranks for data.batch=6: use data.batch=4"):
+        chosen(4, 4, odd, 6, GB, memory=80 * GB)
 
 
 def test_auto_is_a_mesh_of_the_ranks_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
