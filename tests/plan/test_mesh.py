@@ -16,7 +16,7 @@ from trainkit.plan import planned as planning
 from trainkit.plan.cards import CARDS, Card
 from trainkit.plan.meshes import meshes, words
 from trainkit.plan.planned import Plan, Setting, plan
-from trainkit.plan.world import looked_at, of_ranks
+from trainkit.plan.world import Line, looked_at, of_ranks
 
 CPU = bench.NO_SPEED
 H100 = CARDS["h100"]
@@ -115,6 +115,11 @@ def test_who_takes_most_is_looked_at() -> None:
     assert [sizes.at(r)["cp"] for r in looked_at(sizes)] == [1, 1]
     assert [sizes.at(r)["pp"] for r in looked_at(sizes)] == [0, 1]
     assert looked_at(Sizes(dp_shard=512)) == [0]
+
+
+@pytest.mark.parametrize(("axes", "waited"), [("tp", True), ("cp", True), ("dp_shard", False), ("pp", False)])
+def test_who_shares_layers_or_positions_is_waited_for(axes: str, waited: bool) -> None:
+    assert Line(axes, 2, 2).waited_for is waited
 
 
 def test_where_ranks_are() -> None:
