@@ -114,6 +114,7 @@ def one_rank(rows: int, ranks: int, rounds: int, steps: int, given: list[str]) -
     if hasattr(os, "sched_setaffinity"):  # a core each, as a GPU would be
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
+    runs.composed([*GPT2, *given]).speed.begin(CPU, torch.float32)  # of the process, and so of all ways
     ways = Ways(rows, ranks, given)
     found: dict[str, list[float]] = {name: [] for name in ways.steps}
     for name in ways.steps:

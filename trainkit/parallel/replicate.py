@@ -41,15 +41,15 @@ class Replicas:
         self._own = []
 
     def finish(self) -> None:
-        """Wait for the sums, after the last backward. A parameter that got no gradient on this rank counts as zero."""
+        """Wait for the sums, after the last backward: from here on a gradient is a part of its bucket. A parameter that got
+        none on this rank counts as zero."""
         for number, missing in enumerate(self._missing):
             if missing:
                 self._send(number)
-        for grads, flat, work in self._works:
+        for parameters, flat, work in self._works:
             work.wait()
-            for grad, whole in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(whole.view_as(grad))
-            flat.untyped_storage().resize_(0)  # gloo's thread may hold it for a while
+            for parameter, whole in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad = whole.view_as(parameter)
         self._works, self._missing = [], []
 
     def own(self) -> Tensor:
@@ -63,10 +63,10 @@ class Replicas:
                 self._send(number)
 
     def _send(self, number: int) -> None:
-        grads = [_gradient(p) for p in self._buckets[number]]
-        flat = torch.cat([g.flatten() for g in grads])
+        parameters = self._buckets[number]
+        flat = torch.cat([_gradient(p).flatten() for p in parameters])
         self._own.append(fingerprint([flat]))
-        self._works.append((grads, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
+        self._works.append((parameters, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
 
 
 def _gradient(parameter: Tensor) -> Tensor:
