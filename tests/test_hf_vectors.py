@@ -202,6 +202,25 @@ def test_what_is_not_known_is_refused(change: Any, said: str, place: Path) -> No
         opened(f"hf:{where}", RUNS)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias": None},
+        {"bias": True},
+        {"activation_function": "torch.nn.modules.activation.Tanh"},
+        {"use_residual": True},
+    ],
+)
+def test_a_projection_that_is_more_than_a_matrix_is_refused(change: dict[str, Any], place: Path) -> None:
+    """Where nothing is said of a bias there is one."""
+    where = folder("bert", place, dense=6)
+    file = where / "2_Dense/config.json"
+    said = {**json.loads(file.read_text()), **change}
+    file.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    with pytest.raises(UserError, match="more than a matrix"):
+        opened(f"hf:{where}", RUNS)
+
+
 def test_an_encoder_of_another_family_is_refused(place: Path) -> None:
     where = folder("bert", place)
     said = json.loads((where / "config.json").read_text())
