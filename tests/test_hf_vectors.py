@@ -221,6 +221,15 @@ def test_a_projection_that_is_more_than_a_matrix_is_refused(change: dict[str, An
         opened(f"hf:{where}", RUNS)
 
 
+def test_what_a_person_says_of_a_folder_of_vectors_holds(place: Path) -> None:
+    words = ["task=embedding", "data=pairs", "data.path=pairs.tsv", "data.length=16", "model=hf"]
+    words.append(f"model.name={folder('bert', place)}")
+    own = runs.composed(words)
+    said = runs.composed([*words, "task.pooling=last", "data.specials=end"])
+    assert (own.task.pooling, own.data.specials) == ("mean", "template")  # type: ignore[union-attr]
+    assert (said.task.pooling, said.data.specials) == ("last", "end")  # type: ignore[union-attr]
+
+
 def test_an_encoder_of_another_family_is_refused(place: Path) -> None:
     where = folder("bert", place)
     said = json.loads((where / "config.json").read_text())
