@@ -16,6 +16,7 @@ from trainkit import build, embed, mteb_eval
 from trainkit import run as runs
 from trainkit.errors import UserError
 from trainkit.export import export
+from trainkit.export_vectors import around
 from trainkit.hf import names, weights
 from trainkit.hf.folder import write_tensors
 from trainkit.models import Decoder
@@ -158,6 +159,12 @@ def test_ours_go_out_as_they_are(words: list[str], specials: str, place: Path) -
     found = encoder("v").encode(lines)
     np.testing.assert_allclose(theirs(place / "out", lines).numpy(), found, rtol=0, atol=1e-5)
     assert "SentenceTransformer" in (place / "out/README.md").read_text()
+
+
+def test_a_tokenizer_goes_out_without_what_the_run_left_out() -> None:
+    said = {"post_processor": {"type": "BertProcessing"}, "added_tokens": []}
+    assert json.loads(around(json.dumps(said), "none", 0))["post_processor"] is None
+    assert json.loads(around(json.dumps(said), "template", 0)) == said
 
 
 def test_a_table_goes_out_as_static_embedding(place: Path) -> None:
