@@ -14,7 +14,7 @@ from trainkit.choices import CONF, choices
 
 ROOT = Path(trainkit.__file__).parent
 FLOORS = [
-    {"config", "trees", "errors", "units", "choices", "atomic", "strict", "fingerprint", "slices"},
+    {"config", "trees", "errors", "units", "choices", "atomic", "strict", "fingerprint", "slices", "stalls"},
     {
         "models",
         "data",

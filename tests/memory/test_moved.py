@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
+from trainkit import stalls
 from trainkit.learner import Learner
 from trainkit.parallel import waits
 
@@ -28,7 +29,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(waits.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(stalls.time, "perf_counter", lambda: self.now)
 
     def go(self, seconds: float) -> None:
         self.now += seconds

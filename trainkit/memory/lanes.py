@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-MOST = 1 << 16  # waits that are remembered until somebody asks for them
+from trainkit.stalls import Stalls
 
 
 class HostLanes:
@@ -53,7 +53,7 @@ class CudaLanes(HostLanes):
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._block: list[Tensor] = []
-        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=MOST)
+        self._stalls = Stalls(device)
 
     def serve(self, device: torch.device) -> bool:
         return device == self._device
@@ -89,18 +89,12 @@ class CudaLanes(HostLanes):
         return coming[0].untyped_storage()
 
     def waited_s(self) -> float:
-        stalls, self._stalls = self._stalls, deque(maxlen=MOST)
-        if stalls:
-            stalls[-1][1].synchronize()
-        return float(sum(begin.elapsed_time(end) for begin, end in stalls)) / 1000
+        return self._stalls.seconds()
 
     def _stall_for(self, event: torch.cuda.Event) -> None:
-        stream = torch.cuda.current_stream(self._device)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record(stream)
-        stream.wait_event(event)
-        end.record(stream)
-        self._stalls.append((begin, end))
+        begin = self._stalls.now()
+        torch.cuda.current_stream(self._device).wait_event(event)
+        self._stalls.add(begin)
 
 
 def lanes(device: torch.device) -> HostLanes:

@@ -217,7 +217,7 @@ class Ranks:
         if missing is None:  # the first rank's machine keeps the store
             whose = (
                 "this machine's own address"
-                if os.environ.get("GROUP_RANK", self.rank) in ("0", 0)
+                if os.environ.get("GROUP_RANK", str(self.rank)) == "0"
                 else "the machine of rank 0"
             )
             return f"{whose} ({os.environ.get('MASTER_ADDR')}) does not answer any more"

@@ -1,8 +1,6 @@
 """How long a device stands still until FSDP has put its next parameters together, from the host's memory or from other
 ranks' slices."""
 
-import time
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-MOST = 1 << 16  # waits that are remembered until somebody asks for them
+from trainkit.stalls import Stalls
 
 
 class Waits:
@@ -19,9 +17,8 @@ class Waits:
     before the first step what FSDP sets up."""
 
     def __init__(self, modules: Iterable[nn.Module], device: torch.device) -> None:
-        self._device = device
+        self._stalls = Stalls(device)
         self._began: Any = None
-        self._waits: deque[tuple[Any, Any]] = deque(maxlen=MOST)
         for module in modules:
             module.register_forward_pre_hook(self._begin, prepend=True)
             module.register_forward_pre_hook(self._end)
@@ -31,20 +28,15 @@ class Waits:
 
     def stats(self) -> dict[str, float]:
         """Seconds of forwards and backwards since the last call."""
-        waits, self._waits = self._waits, deque(maxlen=MOST)
-        if self._device.type != "cuda":
-            return {"stream_wait_s": sum(end - begin for begin, end in waits)}
-        if waits:
-            waits[-1][1].synchronize()
-        return {"stream_wait_s": sum(begin.elapsed_time(end) for begin, end in waits) / 1000}
+        return {"stream_wait_s": self._stalls.seconds()}
 
     @torch.compiler.disable
     def _begin(self, *_: Any) -> None:
-        self._began = self._now()
+        self._began = self._stalls.now()
 
     @torch.compiler.disable
     def _end(self, *_: Any) -> None:
-        self._waits.append((self._began, self._now()))
+        self._stalls.add(self._began)
 
     @torch.compiler.disable
     def _before_backward(self, module: nn.Module, arguments: Any, out: Any) -> None:
@@ -55,13 +47,6 @@ class Waits:
     def _behind_backward(self, module: nn.Module, arguments: Any, out: Any) -> None:
         for tensor in _learning(out):
             tensor.register_hook(self._end)
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
 
 def _learning(out: Any) -> list[Tensor]:
