@@ -79,7 +79,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         of_hidden, of_unembed = (
-            None if grad is None else (grad * upstream[0]).to(dtype)
+            None if grad is None else (grad.to(upstream[0].dtype) * upstream[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return of_hidden, of_unembed, None, None, None
@@ -168,11 +168,12 @@ def _for_a_compiler(
     h: Tensor, w: Tensor, labels: Tensor, wide: torch.dtype, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same without buffers of its own: a compiler makes one kernel of all that happens to a chunk's logits, which it
-    reads and writes in the format of the products. So with 16 bits a chunk has twice the rows."""
+    reads and writes in the format of the products. So with 16 bits a chunk has twice the rows. A gradient that one chunk
+    gives whole stays in that format."""
     chunks = -(-len(h) * len(w) * h.itemsize // (CHUNK * wide.itemsize))
     total = torch.zeros((), dtype=wide, device=h.device)
     by_hidden: list[Tensor] = []
-    by_unembed = torch.zeros(w.shape, dtype=wide, device=h.device) if wanted[1] else None
+    by_unembed: Tensor | None = None
     across = w.T  # a CPU multiplies 16 bits faster so, and the cast to them may write it in any order
     if h.device.type == "cpu" and h.dtype.itemsize == 2:
         across = across.contiguous()
@@ -181,12 +182,15 @@ def _for_a_compiler(
         valid = y != IGNORED
         y = torch.where(valid, y, 0)
         largest, of_label = logits.amax(1, keepdim=True), logits.gather(1, y)
-        normaliser = (logits - largest).exp().sum(1, keepdim=True)
+        powers = (logits - largest).exp()
+        normaliser = powers.sum(1, keepdim=True)
         total += ((normaliser.log() + largest - of_label) * valid).sum()
-        of_its_label = torch.arange(len(w), device=h.device) == y
-        grad = (((logits - largest).exp() / normaliser - of_its_label.to(wide)) * valid).to(h.dtype)
+        share = valid / normaliser
+        of_its_label = ((of_label - largest).exp() * share - valid.to(wide)).to(h.dtype)
+        grad = (powers * share).to(h.dtype).scatter(1, y, of_its_label)  # one column a row, and no comparison of all
         if wanted[0]:
-            by_hidden.append((grad @ across.T).to(wide))
-        if by_unembed is not None:
-            by_unembed = by_unembed + grad.T @ some
+            by_hidden.append(grad @ across.T)
+        if wanted[1]:
+            of_some = grad.T @ some
+            by_unembed = of_some if by_unembed is None else by_unembed.to(wide) + of_some
     return total, torch.cat(by_hidden) if wanted[0] else None, by_unembed
