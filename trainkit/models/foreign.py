@@ -4,7 +4,7 @@ B rows, T positions, D model width, V vocabulary.
 """
 
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from trainkit.config import Count, config, how
 from trainkit.errors import UserError
 from trainkit.models.adapters import Adapter
 from trainkit.models.attention import Attention
+from trainkit.models.layers import NO_PADDING, look_up
 from trainkit.models.positions import positions_in
 
 # what some models do to their logits after the head, which is not in the head's matrix
@@ -122,6 +123,9 @@ class ForeignBackbone(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner: Any = inner
+        for module in inner.modules():
+            if type(module) is nn.Embedding:
+                module.forward = partial(_looked_up, module)  # type: ignore[method-assign]
 
     @property
     def decoder(self) -> nn.Module:
@@ -184,6 +188,11 @@ class ForeignBackbone(nn.Module):
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+
+def _looked_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    padding = embedding.padding_idx
+    return look_up(ids, embedding.weight, NO_PADDING if padding is None else padding)
 
 
 def _transformers() -> Any:

@@ -99,11 +99,10 @@ def _see(tensors: Tensors, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     tensors.see(args[0], cached=kwargs.get("caches") is not None)
 
 
-def _looked_up(embed: nn.Module, tensors: Tensors, begin: int, tokens: Tensor) -> Tensor:
+def _looked_up(embed: nn.Embedding, tensors: Tensors, begin: int, tokens: Tensor) -> Tensor:
     """Each rank looks up its own ids, the others' are zero."""
-    weight: Tensor = embed.weight  # type: ignore[assignment]  # an embedding's
-    mine = (tokens >= begin) & (tokens < begin + weight.shape[0])
-    found = F.embedding(torch.where(mine, tokens - begin, 0), weight)
+    mine = (tokens >= begin) & (tokens < begin + embed.weight.shape[0])
+    found: Tensor = type(embed).forward(embed, torch.where(mine, tokens - begin, 0))
     return tensors.part(found.masked_fill(~mine[..., None], 0))
 
 
