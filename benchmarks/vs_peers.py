@@ -4,8 +4,8 @@
 
 The model is GPT-2-shaped: 6 layers, width 384, 6 heads, vocabulary 50,304, tied, no bias, no dropout; 8 rows of 256
 tokens; AdamW, gradients clipped at 1. Every system has a process of its own, set up in its own way; they take turns, a few
-steps each, for several rounds; the figure is the median step. The first round warms up. After each round the rate of a
-matrix product is measured, too, and the median is what MFU is of.
+steps each, for several rounds; the figure is the median step. The first round warms up. After each of trainkit's turns the
+rate of a matrix product is measured, too, and the median is what MFU is of.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_ma
                         seconds[system] += found["seconds"]
                     if system == "trainkit":
                         outside = found["outside"]
-                rates.append(matmul_rate(precision))
+                        rates.append(matmul_rate(precision))
     rate = statistics.median(rates)
     from trainkit import run as runs
 
