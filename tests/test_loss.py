@@ -170,6 +170,23 @@ def test_a_compiler_gets_the_same_loss(dtype: torch.dtype, near: float, wanted: 
         assert not want or (tensor.grad.dtype == dtype and far(tensor.grad, 3 * grad) < near)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_compiled_gradient_is_wide_wherever_it_is_added_or_scaled(chunks: int) -> None:
+    hidden, unembed, labels = operands(torch.float32)
+    loss.CHUNK *= 3 if chunks == 1 else 1
+
+    def grads(factor: float) -> list[Tensor]:
+        torch._dynamo.reset()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = torch.compile(summed_loss, backend="aot_eager", fullgraph=True)(hidden, unembed, labels)
+        return list(torch.autograd.grad(found * factor, [hidden, unembed]))
+
+    whole, part = grads(1.0), grads(1 / 3)
+    assert all(torch.equal(w * (1 / 3), p) for w, p in zip(whole, part, strict=True))
+    narrow = float((whole[1] == whole[1].bfloat16()).float().mean())
+    assert narrow == 1 if chunks == 1 else narrow < 0.5
+
+
 def test_a_compiled_loss_never_holds_all_logits() -> None:
     hidden, unembed, labels = operands(torch.float32)
     most = 0
