@@ -185,7 +185,10 @@ CELLS = [
 
 def ranks_measure() -> None:
     joined = Parallel(kind="ddp", device="cpu").join(bench.CPU)
-    found: list[dict[str, Any]] = [bench.measured(cell, joined) for cell in CELLS]
+    found: list[dict[str, Any]] = []
+    for cell in CELLS:  # the least of three: gloo's threads free their copies when they get to it, which only ever adds
+        tries = [bench.measured(cell, joined) for _ in range(3)]
+        found.append({phase: min(one[phase] for one in tries) for phase in tries[0]})
     Path(f"found-{joined.rank}").write_text(json.dumps(found))
     joined.leave()
 
@@ -198,4 +201,4 @@ def test_peaks_are_those_of_real_ranks(place: Path) -> None:
         said = bench.predicted(2, cell)
         training, evaluation = (max(found[number][phase] for found in both) for phase in ("training", "evaluation"))
         assert said["training"] / training == pytest.approx(1.0, abs=0.05), cell
-        assert said["evaluation"] <= 1.05 * evaluation, cell  # gloo's threads free their copies when they get to it
+        assert said["evaluation"] <= 1.05 * evaluation, cell
