@@ -190,11 +190,9 @@ def show(row: dict[str, Any]) -> None:
     nano = speeds["trainkit"] / speeds["nanoGPT"]
     cells = " | ".join(f"{speed:,.0f}" for speed in speeds.values())
     name = f"{row['precision']} {'compiled' if row['compiled'] else 'eager'}"
-    ratio, mfu, outside = speeds["trainkit"] / best, row["mfu"], row["outside"]
-    print(
-        f"| {name} | {cells} | {nano:.2f} | {ratio:.2f} | {mfu:.0%} ({row['most_mfu']:.0%}) of {row['matmul_gflops']:.0f} GFLOP/s | {outside:.2%} |",
-        flush=True,
-    )
+    ratio, outside = speeds["trainkit"] / best, row["outside"]
+    mfu = f"{row['mfu']:.0%} (best turn {row['most_mfu']:.0%}) of {row['matmul_gflops']:.0f} GFLOP/s"
+    print(f"| {name} | {cells} | {nano:.2f} | {ratio:.2f} | {mfu} | {outside:.2%} |", flush=True)
 
 
 if __name__ == "__main__":
