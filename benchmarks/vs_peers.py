@@ -81,13 +81,14 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_ma
             for number in range(rounds + 1):
                 for system, ask in workers.items():
                     found = ask()
-                    if number:
-                        seconds[system] += found["seconds"]
+                    if not number:
+                        continue
+                    seconds[system] += found["seconds"]
                     if system == "trainkit":
                         outside = found["outside"]
                         rates.append(matmul_rate(precision))
                         beside.append(statistics.median(found["seconds"]) * rates[-1])
-    rate = statistics.median(rates[1:])
+    rate = statistics.median(rates)
     from trainkit import run as runs
 
     flops = runs.composed(["model=gpt2", f"model.vocab={VOCAB}", f"model.width={WIDTH}", f"model.depth={LAYERS}",
@@ -100,8 +101,8 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_ma
         "spread": {system: max(found) / min(found) for system, found in seconds.items()},
         "outside": outside,
         "matmul_gflops": rate / 1e9,
-        "mfu": BATCH * CONTEXT * flops / statistics.median(beside[1:]),
-        "most_mfu": BATCH * CONTEXT * flops / min(beside[1:]),
+        "mfu": BATCH * CONTEXT * flops / statistics.median(beside),
+        "most_mfu": BATCH * CONTEXT * flops / min(beside),
     }
 
 

@@ -33,7 +33,7 @@ from trainkit.errors import DamagedError, UserError
 
 ROOT = Path(trainkit.__file__).parents[1]
 ERRORS = (UserError, BadCheckpoint, DamagedError)
-TIMES, GROWTH = 100, 1 << 30  # of what json needs for two million words; bytes
+TIMES, GROWTH = 50, 1 << 30  # of what json needs for two million words; bytes
 
 
 def read_index(raw: bytes) -> object:

@@ -14,7 +14,7 @@ from trainkit.config import Count, config, how
 from trainkit.errors import UserError
 from trainkit.models.adapters import Adapter
 from trainkit.models.attention import Attention
-from trainkit.models.layers import NO_PADDING, look_up
+from trainkit.models.layers import look_up
 from trainkit.models.positions import positions_in
 
 # what some models do to their logits after the head, which is not in the head's matrix
@@ -191,8 +191,7 @@ class ForeignBackbone(nn.Module):
 
 
 def _looked_up(embedding: nn.Embedding, ids: Tensor) -> Tensor:
-    padding = embedding.padding_idx
-    return look_up(ids, embedding.weight, NO_PADDING if padding is None else padding)
+    return look_up(ids, embedding.weight, embedding.padding_idx)
 
 
 def _transformers() -> Any:
