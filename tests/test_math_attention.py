@@ -43,6 +43,40 @@ def test_whole_scores_are_made_piece_by_piece(
     assert max(held) == ROWS * 4 * queries * LENGTH
 
 
+def test_of_16_bits_weights_are_kept_once_and_gradients_stay_near() -> None:
+    """In bf16 what is kept of scores is the weights that the product keeps, and gradients are as near to float64's as those
+    of torch's softmax, which keeps float32 as well."""
+    exact = heads()
+    narrow = [x.detach().bfloat16().requires_grad_() for x in exact]
+    upstream = torch.randn(exact[0].shape, dtype=torch.float64)
+    held: dict[int, int] = {}
+
+    def note(kept: Tensor) -> Tensor:
+        if kept.numel() == ROWS * 4 * LENGTH * LENGTH:
+            held[kept.data_ptr()] = kept.itemsize
+        return kept
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        ahead = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        return (
+            scores.to(torch.promote_types(q.dtype, torch.float32))
+            .masked_fill(ahead, -torch.inf)
+            .softmax(-1)
+            .to(q.dtype)
+            @ v
+        )
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        found = attend(*narrow, None, "math", window=None, dropout=0.0)
+    assert list(held.values()) == [2]
+    ours = torch.autograd.grad(found, narrow, upstream.bfloat16())
+    theirs = torch.autograd.grad(torchs(*narrow), narrow, upstream.bfloat16())
+    wanted = torch.autograd.grad(torchs(*exact), exact, upstream)
+    for here, there, right in zip(ours, theirs, wanted, strict=True):
+        assert (here - right).norm() < 1.1 * (there - right).norm()
+
+
 def test_whole_scores_drop_out_and_leave_generation_to_torch() -> None:
     q, k, v = heads()
     torch.manual_seed(3)

@@ -73,11 +73,31 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, ca
             scores = scores + mask[:, :, begin:end, :seen]
         elif causal:
             place = torch.arange(seen, device=q.device)
-            scores = torch.where(place[begin:end, None] >= place, scores, -torch.inf)
-        weights = scores.softmax(-1).to(v.dtype)
+            behind = torch.where(place[begin:end, None] >= place, 0.0, -torch.inf)  # added: a CPU reads a bool slowly
+            scores = scores + behind.to(scores.dtype)
+        weights = _Softmax.apply(scores, v.dtype)
         found.append((F.dropout(weights, dropout) if dropout else weights) @ v[:, :, :seen])
         begin = end
     return torch.cat(found, 2)
+
+
+class _Softmax(torch.autograd.Function):
+    """A softmax over the last dimension in the format of its scores, of which only what comes out in `dtype` is kept: the
+    product that it goes into keeps that anyway. torch would keep it in both."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        weights = scores.softmax(-1).to(dtype)
+        ctx.save_for_backward(weights)
+        ctx.wide = scores.dtype
+        return weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        wide = ctx.wide
+        return torch.ops.aten._softmax_backward_data(upstream[0].to(wide), weights.to(wide), -1, wide), None
 
 
 def attention_mask(
