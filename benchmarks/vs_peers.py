@@ -4,9 +4,10 @@
 
 The model is GPT-2-shaped: 6 layers, width 384, 6 heads, vocabulary 50,304, tied, no bias, no dropout; 8 rows of 256
 tokens; AdamW, gradients clipped at 1. Every system has a process of its own, set up in its own way; they take turns, a few
-steps each, for several rounds; the figure is the median step. The first round warms up. After each of trainkit's turns the
-rate of a matrix product is measured, too, which is what that turn's MFU is of; the figures are the median turn's MFU and
-that of the best one.
+steps each, for several rounds; the figure is the median step. The first round warms up. Before and after each turn the rate
+of a matrix product is measured, too: a turn of trainkit has its MFU of the median product around it, as its step is the
+median one, and another of the upper quartile, where less of the products than of the step met another's load. The figures are
+those of the median turn.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import turns
 from peers import BATCH, CONTEXT, HEADS, LAYERS, VOCAB, WIDTH, Turn, hf_trainer, nanogpt, plain, timed
 
 SYSTEMS = ("trainkit", "nanoGPT", "HF Trainer", "plain torch")
+SIDE = 1024  # of the matrices whose product is the measure
 ROWS = [(precision, compiled) for precision in ("fp32", "bf16") for compiled in (False, True)]
 
 
@@ -72,7 +74,7 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_ma
     with tempfile.TemporaryDirectory() as name:
         data = random_shards.write(Path(name), VOCAB, 400_000)
         seconds: dict[str, list[float]] = {system: [] for system in SYSTEMS}
-        rates, beside = [], []
+        rates, of_median, of_quartile = [], [], []
         with ExitStack() as stack:
             row = f"{precision}-{'compiled' if compiled else 'eager'}"
             say = [sys.executable, __file__, "--nanogpt", str(checkout), "--row", row, "--data", str(data)]
@@ -80,15 +82,18 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_ma
             workers = {system: stack.enter_context(turns.worker([*say, system])) for system in SYSTEMS}
             for number in range(rounds + 1):
                 for system, ask in workers.items():
+                    around = matmul_rates(precision)
                     found = ask()
+                    around += matmul_rates(precision)
                     if not number:
                         continue
                     seconds[system] += found["seconds"]
                     if system == "trainkit":
-                        outside = found["outside"]
-                        rates.append(matmul_rate(precision))
-                        beside.append(statistics.median(found["seconds"]) * rates[-1])
-    rate = statistics.median(rates)
+                        outside, step = found["outside"], statistics.median(found["seconds"])
+                        _, middle, upper = statistics.quantiles(around, n=4)
+                        rates += around
+                        of_median.append(step * middle)
+                        of_quartile.append(step * upper)
     from trainkit import run as runs
 
     flops = runs.composed(["model=gpt2", f"model.vocab={VOCAB}", f"model.width={WIDTH}", f"model.depth={LAYERS}",
@@ -100,9 +105,9 @@ def measure(precision: str, compiled: bool, rounds: int, checkout: Path, same_ma
         "tokens_per_s": {system: BATCH * CONTEXT / median for system, median in medians.items()},
         "spread": {system: max(found) / min(found) for system, found in seconds.items()},
         "outside": outside,
-        "matmul_gflops": rate / 1e9,
-        "mfu": BATCH * CONTEXT * flops / statistics.median(beside),
-        "most_mfu": BATCH * CONTEXT * flops / min(beside),
+        "matmul_gflops": statistics.median(rates) / 1e9,
+        "mfu": BATCH * CONTEXT * flops / statistics.median(of_median),
+        "mfu_of_upper_quartile": BATCH * CONTEXT * flops / statistics.median(of_quartile),
     }
 
 
@@ -133,14 +138,19 @@ def work(system: str, precision: str, compiled: bool, data: Path, checkout: Path
     turns.serve(take)
 
 
-def matmul_rate(precision: str) -> float:
+def matmul_rates(precision: str) -> list[float]:
+    """Floating-point operations a second of each of the products that a third of a second has room for."""
     import torch
 
-    from trainkit import hardware
-
-    return hardware.peak_flops.__wrapped__(
-        torch.device("cpu"), torch.bfloat16 if precision == "bf16" else torch.float32
-    )
+    a, b = (torch.randn(SIDE, SIDE).to(torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    rates: list[float] = []
+    end = time.perf_counter() + 0.3
+    a @ b
+    while time.perf_counter() < end or len(rates) < 4:
+        begin = time.perf_counter()
+        a @ b
+        rates.append(2 * SIDE**3 / (time.perf_counter() - begin))
+    return rates
 
 
 def main() -> None:
@@ -192,7 +202,7 @@ def show(row: dict[str, Any]) -> None:
     cells = " | ".join(f"{speed:,.0f}" for speed in speeds.values())
     name = f"{row['precision']} {'compiled' if row['compiled'] else 'eager'}"
     ratio, outside = speeds["trainkit"] / best, row["outside"]
-    mfu = f"{row['mfu']:.0%} (best turn {row['most_mfu']:.0%}) of {row['matmul_gflops']:.0f} GFLOP/s"
+    mfu = f"{row['mfu']:.0%} ({row['mfu_of_upper_quartile']:.0%}) of {row['matmul_gflops']:.0f} GFLOP/s"
     print(f"| {name} | {cells} | {nano:.2f} | {ratio:.2f} | {mfu} | {outside:.2%} |", flush=True)
 
 
