@@ -4,10 +4,11 @@
 
 The model is GPT-2-shaped: 6 layers, width 384, 6 heads, vocabulary 50,304, tied, no bias, no dropout; 8 rows of 256
 tokens; AdamW, gradients clipped at 1. Every system has a process of its own, set up in its own way; they take turns, a few
-steps each, for several rounds; the figure is the median step. The first round warms up. Before and after each turn the rate
-of a matrix product is measured, too: a turn of trainkit has its MFU of the median product around it, as its step is the
-median one, and another of the upper quartile, where less of the products than of the step met another's load. The figures are
-those of the median turn.
+steps each, for several rounds; the figure is the median step. The first round warms up, and so does the first step of a turn.
+
+Before and after each turn the rate of a matrix product is measured, too: a turn of trainkit has its MFU of the median product
+around it, as its step is the median one, and another of the upper quartile, where less of the products than of the step met
+another's load. The figures are those of the median turn.
 """
 
 import argparse
