@@ -29,7 +29,6 @@ import turns
 from peers import BATCH, CONTEXT, HEADS, LAYERS, VOCAB, WIDTH, Turn, hf_trainer, nanogpt, plain, timed
 
 SYSTEMS = ("trainkit", "nanoGPT", "HF Trainer", "plain torch")
-SIDE = 1024  # of the matrices whose product is the measure
 ROWS = [(precision, compiled) for precision in ("fp32", "bf16") for compiled in (False, True)]
 
 
@@ -140,18 +139,11 @@ def work(system: str, precision: str, compiled: bool, data: Path, checkout: Path
 
 
 def matmul_rates(precision: str) -> list[float]:
-    """Floating-point operations a second of each of the products that a third of a second has room for."""
     import torch
 
-    a, b = (torch.randn(SIDE, SIDE).to(torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
-    rates: list[float] = []
-    end = time.perf_counter() + 0.3
-    a @ b
-    while time.perf_counter() < end or len(rates) < 4:
-        begin = time.perf_counter()
-        a @ b
-        rates.append(2 * SIDE**3 / (time.perf_counter() - begin))
-    return rates
+    from trainkit import hardware
+
+    return hardware.product_rates(torch.device("cpu"), torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def main() -> None:

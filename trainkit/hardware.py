@@ -48,9 +48,15 @@ def name(device: torch.device) -> str:
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second that a large square matrix product reaches here, measured: the median of the
-    better half of some tries, after a warm-up. About a third of a second on a CPU; two of a type that it is slow in, where
-    one try is enough."""
+    """Floating-point operations a second that a large square matrix product reaches here: the median of the better half of
+    some tries."""
+    rates = product_rates(device, dtype)
+    return statistics.median(sorted(rates)[len(rates) // 2 :])
+
+
+def product_rates(device: torch.device, dtype: torch.dtype) -> list[float]:
+    """Floating-point operations a second of some large square matrix products, measured after a warm-up. About a third of a
+    second on a CPU; two of a type that it is slow in, where one try is enough."""
     side, seconds = (8192, 0.2) if device.type == "cuda" else (1024, 0.3)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     rates: list[float] = []
@@ -63,7 +69,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         a @ b
         _wait(device)
         rates.append(2 * side**3 / (time.perf_counter() - begin))
-    return statistics.median(sorted(rates)[len(rates) // 2 :])
+    return rates
 
 
 def memory(device: torch.device) -> int:
